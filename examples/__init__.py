@@ -1,0 +1,1 @@
+"""Complete training programs, run from the repository root: `python -m examples.cifar10`."""

@@ -1,0 +1,220 @@
+"""The entry point of `torch.compile(model, backend="approx")`: capture, plan, compile, dispatch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.exc import ShortenTraceback
+from torch._inductor import config, list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from graphpass import capture, fingerprint, memory
+from graphpass.capture import Analysis
+from graphpass.errors import ConfigError
+from graphpass.options import Options
+from graphpass.owner import Owner, find_owner
+from graphpass.plan import Plan
+from graphpass.planner import make_plan, replacements
+from graphpass.report import TrainingGraph, record
+from graphpass.session import Session, session_of
+from graphpass.variants import EXACT, Active, Dispatcher, Variants, copy_of, warn_once
+
+
+class _VisibleConfigError(ConfigError, ShortenTraceback):
+    """A `ConfigError` that Dynamo passes on to the user as it is."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+def approx(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph for approximate training.
+
+    Graphs that train nothing are compiled as Inductor compiles them. So is everything when the
+    plan is empty, or when something of ours fails: then with one warning, unless
+    `options={"strict": True}`.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        example_inputs: what the graph is called with first.
+        options: the fields of `graphpass.Options`.
+        mode: Inductor mode.
+
+    Raises:
+        ConfigError: if an option is not legal, or does not fit the model.
+    """
+    try:
+        checked = Options.from_dict(options, mode)
+        return _compile(gm, example_inputs, checked)
+    except ConfigError as error:
+        raise _VisibleConfigError(str(error)) from error
+
+
+def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    patches = _inductor_patches(options)
+    needs_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled() and needs_grad:
+        try:
+            compiled = _compile_training(gm, inputs, options, patches)
+            if compiled is not None:
+                return compiled
+        except ConfigError:
+            raise
+        except Exception as error:
+            if options.strict:
+                raise
+            warn_once(
+                "an internal failure; the model is compiled exactly instead "
+                f"({type(error).__name__}: {error})"
+            )
+    result: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches or None)
+    return result
+
+
+def _inductor_patches(options: Options) -> dict[str, Any]:
+    """Return the Inductor configuration that the user asked for.
+
+    Raises:
+        ConfigError: if the mode or a setting does not exist.
+    """
+    if options.mode is not None and options.mode not in list_mode_options():
+        legal = ", ".join(list_mode_options())
+        raise ConfigError(f"mode={options.mode!r}: legal are {legal}")
+    settings = dict(options.inductor or {})
+    unknown = sorted(key for key in settings if key.replace("-", "_") not in config.get_config_copy())
+    if unknown:
+        raise ConfigError(
+            f"inductor: there is no setting {', '.join(map(repr, unknown))}; "
+            "torch._inductor.list_options() names them all"
+        )
+    return {**(list_mode_options(options.mode) if options.mode else {}), **settings}
+
+
+def _compile_training(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
+) -> Callable[..., Any] | None:
+    """Return the dispatcher of a training graph, or None where all of it is exact."""
+    owner = find_owner(gm)
+    parameters = frozenset(
+        i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)
+    )
+    key = fingerprint.graph_digest(
+        gm, (sorted(parameters), sorted(owner.prefixes.items()), sorted(map(repr, patches.items())))
+    )
+    analysis = memory.load(key)
+    remembered = analysis is not None
+    if analysis is None:
+        analysis = _analyse(gm, inputs, owner, parameters, patches)
+        if analysis is None:
+            return None
+        memory.store(key, analysis)
+    session = session_of(owner.model() if owner.model is not None else None)
+    offset = session.layer_offset(owner.frame, analysis.layers)
+    plan = make_plan(analysis.sites, options, offset, owner.product_modules())
+    session.add_plan(owner.frame, plan)
+    graph = record(analysis, plan, key)
+    if not plan.approximated:
+        return None
+    try:
+        return _dispatcher(gm, inputs, options, patches, owner, session, graph, parameters)
+    except Exception:
+        if not remembered:
+            raise
+        # What was remembered may describe a graph that Inductor's settings have changed since.
+        memory.forget(key)
+        return _compile_training(gm, inputs, options, patches)
+
+
+def _analyse(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    owner: Owner,
+    parameters: frozenset[int],
+    patches: dict[str, Any],
+) -> Analysis | None:
+    variants = Variants(gm, patches, parameters)
+    return capture.analyse(
+        gm,
+        lambda more: variants.compile_raw(copy_of(gm), inputs, {**patches, **more}),
+        parameters,
+        owner.path_of,
+    )
+
+
+def _dispatcher(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    patches: dict[str, Any],
+    owner: Owner,
+    session: Session,
+    graph: TrainingGraph,
+    parameters: frozenset[int],
+) -> Callable[..., Any]:
+    """Compile the variants that are needed first, and return what picks one of them."""
+    plan = graph.plan
+    planned = replacements(plan, graph.analysis.sites)
+    variants = Variants(gm, patches, parameters, planned)
+    first = min(parameters, default=None)
+    device = inputs[first].device if first is not None else torch.device("cpu")
+    layers = [decision.layer for decision in plan.approximated]
+
+    def at_step(step: int) -> Active:
+        if step < plan.warmup_steps:
+            return EXACT
+        return frozenset(i for i, n in enumerate(layers) if plan.schedule.selects(n, step))
+
+    last: list[tuple[Active, int]] = [(EXACT, 0)]
+
+    def choose(args: Sequence[Any]) -> tuple[Active, int]:
+        if torch._C._current_graph_task_id() != -1:
+            # A checkpoint outside the graph runs the forward again: it must see the same graph.
+            return last[0]
+        if not owner.training():
+            return EXACT, 0
+        caller = (owner.frame, id(args[first]) if first is not None else 0)
+        turn = session.begin(caller, options.seed)
+        last[0] = (EXACT if session.is_exact else at_step(turn.step), turn.seed)
+        return last[0]
+
+    symbolic = any(isinstance(value, torch.SymInt) for value in inputs) or bool(
+        graph.analysis.hints
+    )
+    dispatcher = Dispatcher(
+        variants, choose, device, options.max_variants, frozen=symbolic, strict=options.strict
+    )
+    graph.variants = variants
+    for active in _needed_at_once(at_step, plan, session.step, options.max_variants, symbolic):
+        variants.compile(active, inputs, dispatcher.seed_tensor(0))
+    graph.remember()
+
+    def dispatch(*args: Any) -> Any:
+        return dispatcher(*args)
+
+    return dispatch
+
+
+def _needed_at_once(
+    at_step: Callable[[int], Active], plan: Plan, step: int, limit: int, symbolic: bool
+) -> list[Active]:
+    """Return the variants to compile before the first step.
+
+    With static sizes these are the ones of the schedule's first period; others follow when their
+    first step comes. With symbolic sizes nothing can be compiled later, so all are, and the exact
+    one for evaluation with gradients.
+    """
+    if not symbolic:
+        period = replace(plan.schedule, start=0, stop=None).landmarks(0)
+        steps = [step + i for i in period[: plan.schedule.every_step]]
+        return list(dict.fromkeys(map(at_step, steps)))[:limit]
+    everything = dict.fromkeys(map(at_step, plan.schedule.landmarks(plan.warmup_steps)))
+    approximate = [active for active in everything if active]
+    return [EXACT, *approximate[:limit]]

@@ -1,0 +1,91 @@
+"""What is remembered on disk about a graph, so that the next process need not trace it."""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from graphpass import fingerprint
+from graphpass.errors import Reason
+from graphpass.capture import Analysis
+from graphpass.joint_graph import Dim
+from graphpass.site import ConvGeometry, Gradient, Site
+
+log = logging.getLogger(__name__)
+
+
+def load(key: str) -> Analysis | None:
+    """Return the remembered analysis of the graph with this digest, or None."""
+    path = _path(key)
+    try:
+        record = json.loads(path.read_text())
+        sites = tuple(_site_from(entry) for entry in record["sites"])
+        return Analysis(
+            sites, dict(record["hints"]), int(record["saved_bytes"]), dict(record["variants"])
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("ignoring the unreadable file %s: %s", path, error)
+        return None
+
+
+def store(key: str, analysis: Analysis) -> None:
+    """Remember an analysis; a cache that cannot be written is no reason to fail."""
+    record = asdict(analysis)
+    try:
+        write_atomically(_path(key), json.dumps(record, default=str))
+    except OSError as error:
+        log.warning("could not write to the cache directory: %s", error)
+
+
+def forget(key: str) -> None:
+    """Remove what is remembered of a graph."""
+    _path(key).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all, safe against other processes doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _path(key: str) -> Path:
+    return fingerprint.cache_dir() / "graphs" / f"{key}.json"
+
+
+def _dim_from(dim: int | str) -> Dim:
+    return dim if isinstance(dim, int) else sympy.sympify(dim)
+
+
+def _site_from(record: dict[str, Any]) -> Site:
+    conv = record.pop("conv")
+    geometry = None
+    if conv is not None:
+        geometry = ConvGeometry(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in conv.items()}
+        )
+    shapes = tuple(tuple(map(_dim_from, shape)) for shape in record.pop("shapes"))
+    output = tuple(map(_dim_from, record.pop("output")))
+    gradient = Gradient(record.pop("gradient"))
+    reason = record.pop("reason")
+    return Site(
+        **record,
+        shapes=shapes,
+        output=output,
+        gradient=gradient,
+        conv=geometry,
+        reason=None if reason is None else Reason(reason),
+    )

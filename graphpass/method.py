@@ -1,0 +1,136 @@
+"""A method: how one product is approximated; and the registry of methods.
+
+A method is one file in `graphpass/methods/`. Discovery is by folder: a new file is found, listed,
+planned, reported and run through the contract tests without an edit anywhere else.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from cost_model import Cost
+from graphpass.errors import ConfigError, Rejected
+from graphpass.site import Gradient, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A small problem on which the contract tests try a method.
+
+    Attributes:
+        x: shape of the layer's input: convolutions [B, Ci, ...], linear layers [M, K].
+        module: builds the layer, such as `lambda: torch.nn.Conv2d(3, 8, 3)`.
+        gradient: the product to approximate.
+        params: parameters of the method.
+        rejected: whether the method must reject this site.
+        exact: whether the method must give the exact product here.
+    """
+
+    x: tuple[int, ...]
+    module: Callable[[], Any]
+    gradient: Gradient
+    params: Any
+    rejected: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How one product is approximated.
+
+    The functions `draw`, `reference` and `lower` see the result's `template` (a tensor with the
+    result's shape, dtype and device, and no values) and the operands that `operands` names:
+    "grad", "input" and "weight" of a convolution, "left" and "right" factor of a matrix product.
+
+    Attributes:
+        name: key in the registry, name of the file, word in options and reports.
+        summary: one line for listings.
+        source: where the method comes from.
+        unbiased: whether the expectation over the draws is the exact product.
+        gradients: products it can approximate; the first is the default.
+        params: frozen dataclass of parameters, range-checked with `ConfigError`.
+        reject: says why a site must stay exact, or None.
+        cost: what the approximate product costs.
+        operands: names of the operands that it reads.
+        draw: all its random numbers, from a seed and a salt; None for a method without any.
+        reference: (site, params, template, draws, *operands) -> result; plain and obvious.
+        lower: (site, params, template, seed, salt, *operands) -> result; traced into the graph.
+        samples: small problems for the contract tests.
+    """
+
+    name: str
+    summary: str
+    source: str
+    unbiased: bool
+    gradients: tuple[Gradient, ...]
+    params: type[Any]
+    reject: Callable[[Site, Any], Rejected | None]
+    cost: Callable[[Site, Any], Cost]
+    operands: Callable[[Site, Any], tuple[str, ...]]
+    draw: Callable[[Site, Any, Tensor, Tensor, int], Tensor | None]
+    reference: Callable[..., Tensor]
+    lower: Callable[..., Tensor]
+    samples: Callable[[], tuple[Sample, ...]]
+
+    def make_params(self, given: dict[str, Any]) -> Any:
+        """Return the parameter record.
+
+        Raises:
+            ConfigError: if a parameter is unknown or out of range.
+        """
+        legal = [field.name for field in fields(self.params)]
+        unknown = sorted(set(given) - set(legal))
+        if unknown:
+            raise ConfigError(
+                f"method {self.name!r} has no parameter {', '.join(map(repr, unknown))}: legal are "
+                f"{', '.join(legal) or 'none'}, and 'gradient'"
+            )
+        return self.params(**given)
+
+
+_REGISTRY: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method to the registry.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if method.name in _REGISTRY:
+        raise ValueError(f"two methods are called {method.name!r}")
+    _REGISTRY[method.name] = method
+    return method
+
+
+@cache
+def methods() -> MappingProxyType[str, Method]:
+    """Return every method by name, in alphabetical order."""
+    import graphpass.methods  # noqa: F401, PLC0415  (importing the folder registers its files)
+
+    return MappingProxyType(dict(sorted(_REGISTRY.items())))
+
+
+def get_method(name: object) -> Method:
+    """Return the method called `name`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if not isinstance(name, str) or name not in methods():
+        raise ConfigError(f"unknown method {name!r}: legal are {', '.join(methods())}")
+    return methods()[name]
+
+
+def no_draw(*_: object) -> None:
+    """Draw nothing: the `draw` of a method that is deterministic."""
+
+
+def salt_of(site: Site) -> int:
+    """Return the number that tells apart the draws of two sites: a hash of the site's name."""
+    return zlib.crc32(site.id.encode()) & 0x3FFFFFFF

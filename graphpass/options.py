@@ -1,0 +1,160 @@
+"""What a user may ask for: the same keys for `Options(...)` and `torch.compile(options=...)`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from graphpass.errors import ConfigError
+from graphpass.plan import Plan
+from graphpass.schedule import Schedule
+
+GRADIENTS = ("weight", "input")
+
+MethodSpec = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The validated options of one compilation.
+
+    Attributes:
+        budget: noise that may be added to the gradient, relative to the noise it has; 0 means
+            exact, bit for bit; "auto" lets the planner decide.
+        methods: None, a list of method names that may be used, or a mapping from a module pattern
+            (fnmatch on the module path) to a method name or a record such as
+            `{"name": "topk", "k": 2, "gradient": "weight"}`. Later patterns win.
+        gradients: the products that may be approximated, out of "weight" and "input".
+        schedule: a `Schedule` or the name of one; None applies every planned method on every step.
+        plan: a `Plan`, or the path of a plan file, to use instead of planning.
+        seed: seed of every random draw, in [0, 2**31).
+        warmup_steps: number of first steps that are exact.
+        total_steps: length of the training run in steps, for schedules that end relative to it.
+        inductor: Inductor configuration patches, as `torch.compile(options=...)` takes them.
+        mode: Inductor mode, such as "max-autotune".
+        strict: raise on an internal failure, instead of compiling the exact graph with a warning.
+        max_variants: most compiled variants of one graph that may be alive.
+    """
+
+    budget: float | str = "auto"
+    methods: Mapping[str, MethodSpec] | Sequence[str] | None = None
+    gradients: Sequence[str] = GRADIENTS
+    schedule: Schedule | str | None = None
+    plan: Plan | str | Path | None = None
+    seed: int = 0
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    inductor: Mapping[str, Any] | None = None
+    mode: str | None = None
+    strict: bool = False
+    max_variants: int = 8
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: if a value is not legal.
+        """
+        _check_budget(self.budget)
+        _check_gradients(self.gradients)
+        _check_methods(self.methods)
+        _check_integer("seed", self.seed, 0, 2**31 - 1)
+        _check_integer("warmup_steps", self.warmup_steps, 0, None)
+        _check_integer("max_variants", self.max_variants, 1, None)
+        if self.total_steps is not None:
+            _check_integer("total_steps", self.total_steps, 1, None)
+        if not isinstance(self.strict, bool):
+            raise ConfigError(f"strict={self.strict!r}: give True or False")
+        if self.inductor is not None and not isinstance(self.inductor, Mapping):
+            raise ConfigError(f"inductor={self.inductor!r}: give a mapping of Inductor settings")
+        if self.plan is not None and not isinstance(self.plan, (Plan, str, Path)):
+            raise ConfigError(f"plan={self.plan!r}: give a Plan or the path of a plan file")
+        if self.plan is not None and self.methods is not None:
+            raise ConfigError("both plan and methods were given: a plan already names its methods")
+        self.resolved_schedule()
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> "Options":
+        """Return the options that `torch.compile(mode=..., options=...)` was given.
+
+        Raises:
+            ConfigError: if a key is unknown or a value is not legal.
+        """
+        given = dict(given or {})
+        legal = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(legal))
+        if unknown:
+            raise ConfigError(
+                f"unknown option {', '.join(map(repr, unknown))}: legal are {', '.join(legal)} "
+                "(settings of Inductor go into the option 'inductor')"
+            )
+        if mode is not None:
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `torch.compile(options=...)` takes, without the values left at default."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def resolved_schedule(self) -> Schedule:
+        """Return the schedule as a record.
+
+        Raises:
+            ConfigError: if the name is unknown or the schedule needs `total_steps`.
+        """
+        if isinstance(self.schedule, Schedule):
+            return self.schedule
+        if self.schedule is None or isinstance(self.schedule, str):
+            return Schedule.named(self.schedule or "always", self.total_steps)
+        raise ConfigError(f"schedule={self.schedule!r}: give a Schedule or the name of one")
+
+    def resolved_plan(self) -> Plan | None:
+        """Return the plan as a record, read from its file where a path was given.
+
+        Raises:
+            ConfigError: if the file is missing, corrupt or newer than this version.
+        """
+        if isinstance(self.plan, (str, Path)):
+            return Plan.load(self.plan)
+        return self.plan
+
+
+def _check_budget(budget: object) -> None:
+    if budget == "auto":
+        return
+    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    # `not >=` also refuses NaN.
+    if not is_number or not 0 <= float(budget) < float("inf"):  # type: ignore[arg-type]
+        raise ConfigError(f'budget={budget!r}: give "auto" or a finite number that is at least 0')
+
+
+def _check_gradients(gradients: object) -> None:
+    is_list = isinstance(gradients, (list, tuple)) and len(gradients) > 0
+    if not is_list or any(name not in GRADIENTS for name in gradients):  # type: ignore[attr-defined]
+        raise ConfigError(f"gradients={gradients!r}: give one or both of {', '.join(GRADIENTS)}")
+
+
+def _check_methods(methods: object) -> None:
+    if methods is None:
+        return
+    if isinstance(methods, Mapping):
+        for pattern in methods:
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"methods: {pattern!r} is no module pattern; give a string")
+        return
+    if not isinstance(methods, (list, tuple)) or not all(isinstance(name, str) for name in methods):
+        raise ConfigError(
+            f"methods={methods!r}: give None, a list of method names, or a mapping from module "
+            "pattern to method"
+        )
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
+        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ConfigError(f"{name}={value!r}: give an integer {limit}")

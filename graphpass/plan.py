@@ -1,0 +1,201 @@
+"""A plan: for every product of a model, how it is computed, and on which steps.
+
+A plan is a record without any behaviour. It can be kept in a file, edited, and used for another
+run of the same model.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graphpass.errors import ConfigError
+from graphpass.schedule import Schedule
+from graphpass.site import Site
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How one site is computed.
+
+    Attributes:
+        site: name of the site, such as "layer2.0.conv1:weight".
+        layer: number of the layer over all graphs of the model, from 1.
+        op: kind of product.
+        output: shape of the product; symbolic sizes by name.
+        method: name of the method; None for exact.
+        params: parameters of the method.
+        reason: why the site stays exact; "" otherwise.
+    """
+
+    site: str
+    layer: int
+    op: str
+    output: tuple[int | str, ...]
+    method: str | None
+    params: Mapping[str, Any]
+    reason: str
+
+    def __hash__(self) -> int:
+        """Hash what identifies the decision; mappings have no hash of their own."""
+        return hash((self.site, self.method))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A decision for every site, and the schedule that says when it applies.
+
+    Attributes:
+        decisions: one a site, in the order of the graphs.
+        schedule: which layers are approximated on which step.
+        warmup_steps: number of first steps that are exact.
+    """
+
+    decisions: tuple[Decision, ...] = ()
+    schedule: Schedule = Schedule()
+    warmup_steps: int = 0
+
+    @property
+    def approximated(self) -> tuple[Decision, ...]:
+        """The decisions that name a method."""
+        return tuple(decision for decision in self.decisions if decision.method is not None)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that is planned."""
+        return hashlib.sha256(self._json(self.schedule.to_dict()).encode()).hexdigest()[:16]
+
+    def find(self, site: Site, layer: int) -> Decision:
+        """Return the decision for a site of the model that this plan was made for.
+
+        Raises:
+            ConfigError: if the plan was made for another model.
+        """
+        output = printable_shape(site)
+        for decision in self.decisions:
+            if decision.site != site.id:
+                continue
+            same = decision.op == site.op and len(decision.output) == len(output)
+            if site.gradient == "weight":
+                same = same and decision.output == output
+            if not same or decision.layer != layer:
+                raise ConfigError(
+                    f"the plan was made for another model: it has {site.id} as {decision.op} "
+                    f"{list(decision.output)}, layer {decision.layer}; this model has {site.op} "
+                    f"{list(output)}, layer {layer}. Make a plan for this model "
+                    "with graphpass.plan(model, *inputs)"
+                )
+            return decision
+        raise ConfigError(
+            f"the plan was made for another model: it does not have the product {site.id}. "
+            "Make a plan for this model with graphpass.plan(model, *inputs)"
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, which `from_json` reads.
+
+        Raises:
+            ConfigError: if the schedule is a function, which a file cannot hold.
+        """
+        if self.schedule.rule is not None:
+            raise ConfigError(
+                "a schedule that is a function cannot be saved: save "
+                "dataclasses.replace(plan, schedule=graphpass.Schedule()), and give the option "
+                "'schedule' together with the plan"
+            )
+        record = self.schedule.to_dict()
+        del record["rule"]
+        return self._json(record)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ConfigError: if the text is corrupt, or was written by a newer version.
+        """
+        try:
+            record = json.loads(text)
+            version = record["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"this is not a plan: {_what(error)}. {_REMEDY}") from error
+        if not isinstance(version, int) or version > PLAN_VERSION:
+            raise ConfigError(
+                f"the plan has format {version!r}; this version reads up to {PLAN_VERSION}: "
+                "update graphpass, or make the plan again with graphpass.plan"
+            )
+        try:
+            decisions = tuple(_decision(entry) for entry in record["decisions"])
+            schedule = Schedule(**record["schedule"])
+            return cls(decisions, schedule, int(record["warmup_steps"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"the plan is corrupt: {_what(error)}. {_REMEDY}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file, whole or not at all."""
+        from graphpass.memory import write_atomically  # noqa: PLC0415  (imports this module)
+
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Return the plan kept in a file.
+
+        Raises:
+            ConfigError: if the file cannot be read, is corrupt, or was written by a newer version.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the plan {str(path)!r}: {_what(error)}") from error
+        try:
+            return cls.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        """Return a table of the plan."""
+        from graphpass.render import plan_table  # noqa: PLC0415  (imports this module)
+
+        return plan_table(self)
+
+    def _json(self, schedule: dict[str, Any]) -> str:
+        decisions = [asdict(decision) for decision in self.decisions]
+        record = {
+            "version": PLAN_VERSION,
+            "schedule": schedule,
+            "warmup_steps": self.warmup_steps,
+            "decisions": decisions,
+        }
+        return json.dumps(record, indent=1, sort_keys=True)
+
+
+_REMEDY = "Make it again with graphpass.plan(model, *inputs).save(path)"
+
+
+def printable_shape(site: Site) -> tuple[int | str, ...]:
+    """Return the shape of a site's product, symbolic sizes by name."""
+    return tuple(size if isinstance(size, int) else str(size) for size in site.output)
+
+
+def _decision(record: dict[str, Any]) -> Decision:
+    method = record["method"]
+    if method is not None and not isinstance(method, str):
+        raise TypeError(f"method is {method!r}")
+    return Decision(
+        site=str(record["site"]),
+        layer=int(record["layer"]),
+        op=str(record["op"]),
+        output=tuple(record["output"]),
+        method=method,
+        params=dict(record["params"]),
+        reason=str(record["reason"]),
+    )
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

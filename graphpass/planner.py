@@ -1,0 +1,174 @@
+"""Decide for every site how it is computed: the sites that the user named, by the user's method.
+
+Pure functions: the same sites and options give the same plan.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.method import Method, get_method
+from graphpass.options import Options
+from graphpass.plan import Decision, Plan, printable_shape
+from graphpass.rewrite import Replacement
+from graphpass.schedule import Schedule
+from graphpass.site import Gradient, Site
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One entry of the option `methods`: sites of a pattern, and the method they are to use."""
+
+    pattern: str
+    method: Method
+    params: Any
+    gradients: tuple[Gradient, ...]
+
+    def covers(self, site: Site) -> bool:
+        """Return whether the pattern matches the module of `site`."""
+        return fnmatchcase(site.path, self.pattern) or fnmatchcase(site.name, self.pattern)
+
+
+def make_plan(
+    sites: Sequence[Site], options: Options, offset: int, modules: Collection[str] | None
+) -> Plan:
+    """Return the plan of one graph.
+
+    Args:
+        sites: the graph's sites.
+        options: what the user asked for.
+        offset: number of layers in the graphs before this one.
+        modules: paths of the model's modules that may hold products; None if not known.
+
+    Raises:
+        ConfigError: if a method or parameter is not legal, a pattern matches nothing, or the
+            given plan was made for another model.
+    """
+    schedule = options.resolved_schedule()
+    given = options.resolved_plan()
+    if given is not None:
+        if options.schedule is None:
+            schedule = given.schedule
+        decisions = [_follow(given, site, site.layer + offset, schedule) for site in sites]
+        return Plan(tuple(decisions), schedule, max(options.warmup_steps, given.warmup_steps))
+    rules = _rules(options)
+    _check_patterns(rules, sites, modules)
+    decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
+    return Plan(tuple(decisions), schedule, options.warmup_steps)
+
+
+def replacements(plan: Plan, sites: Sequence[Site]) -> tuple[Replacement, ...]:
+    """Return what the plan approximates, with its records in place of names.
+
+    Raises:
+        ConfigError: if the plan names an unknown method or parameter.
+    """
+    by_id = {site.id: site for site in sites}
+    return tuple(
+        Replacement(by_id[decision.site], method, method.make_params(dict(decision.params)))
+        for decision in plan.approximated
+        for method in (get_method(decision.method),)
+    )
+
+
+def _rules(options: Options) -> list[_Rule]:
+    if not isinstance(options.methods, Mapping):
+        for name in options.methods or ():
+            get_method(name)
+        return []
+    return [_rule(pattern, spec) for pattern, spec in options.methods.items()]
+
+
+def _rule(pattern: str, spec: object) -> _Rule:
+    record = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(record, Mapping) or "name" not in record:
+        raise ConfigError(
+            f"methods[{pattern!r}]={spec!r}: give a method name, or a mapping with 'name', "
+            "'gradient' and the method's parameters"
+        )
+    params = {key: value for key, value in record.items() if key not in {"name", "gradient"}}
+    method = get_method(record["name"])
+    gradient = record.get("gradient", method.gradients[0].value)
+    legal = [legal.value for legal in method.gradients]
+    if gradient not in legal:
+        raise ConfigError(
+            f"methods[{pattern!r}]: gradient={gradient!r}; method {method.name!r} approximates "
+            f"{' and '.join(legal)}"
+        )
+    return _Rule(pattern, method, method.make_params(params), (Gradient(gradient),))
+
+
+def _check_patterns(
+    rules: Sequence[_Rule], sites: Sequence[Site], modules: Collection[str] | None
+) -> None:
+    paths = {site.path for site in sites} | {site.name for site in sites} | set(modules or ())
+    for rule in rules:
+        if any(fnmatchcase(path, rule.pattern) for path in paths):
+            continue
+        if modules is None:
+            # A function was compiled: what its other graphs hold cannot be known from here.
+            continue
+        near = get_close_matches(rule.pattern, sorted(paths), n=3, cutoff=0.3) or sorted(paths)[:3]
+        raise ConfigError(
+            f"methods: the pattern {rule.pattern!r} matches no convolution or matrix product of "
+            f"the model; there are {len(paths)}, such as {', '.join(map(repr, near))}"
+        )
+
+
+def _decide(
+    site: Site, options: Options, rules: Sequence[_Rule], schedule: Schedule, offset: int
+) -> Decision:
+    layer = site.layer + offset
+    chosen = _choose(site, options, rules)
+    if isinstance(chosen, _Rule):
+        rejected = _obstacle(site, options, chosen, schedule, layer)
+        if rejected is None:
+            params = asdict(chosen.params)
+            return _decision(site, layer, chosen.method.name, params, "")
+        return _decision(site, layer, None, {}, str(rejected))
+    return _decision(site, layer, None, {}, str(Rejected(chosen)))
+
+
+def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Reason:
+    """Return the last rule that covers the site, or why there is none."""
+    if options.budget == 0:
+        return Reason.BUDGET_ZERO
+    if site.gradient is Gradient.FORWARD:
+        return Reason.FORWARD
+    if not isinstance(options.methods, Mapping):
+        return Reason.NO_PLANNER
+    covering = [rule for rule in rules if rule.covers(site)]
+    if not covering:
+        return Reason.NOT_NAMED
+    fitting = [rule for rule in covering if site.gradient in rule.gradients]
+    return fitting[-1] if fitting else Reason.NOT_THIS_GRADIENT
+
+
+def _obstacle(
+    site: Site, options: Options, rule: _Rule, schedule: Schedule, layer: int
+) -> Rejected | None:
+    if site.reason is not None:
+        return Rejected(site.reason)
+    if site.gradient.value not in options.gradients:
+        return Rejected(Reason.NOT_IN_GRADIENTS)
+    if not schedule.may_select(layer):
+        return Rejected(Reason.NEVER_SCHEDULED, f"layer {layer} in schedule {schedule.name!r}")
+    return rule.method.reject(site, rule.params)
+
+
+def _follow(given: Plan, site: Site, layer: int, schedule: Schedule) -> Decision:
+    """Return the decision of a given plan, made exact where its schedule never selects it."""
+    decision = given.find(site, layer)
+    if decision.method is not None and not schedule.may_select(layer):
+        rejected = Rejected(Reason.NEVER_SCHEDULED, f"layer {layer} in {schedule.name!r}")
+        return _decision(site, layer, None, {}, str(rejected))
+    return decision
+
+
+def _decision(
+    site: Site, layer: int, method: str | None, params: dict[str, Any], reason: str
+) -> Decision:
+    return Decision(site.id, layer, site.op, printable_shape(site), method, params, reason)

@@ -1,0 +1,92 @@
+"""Plans and reports as text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from graphpass.plan import Plan
+    from graphpass.report import Report
+
+_WIDTH = 132
+
+
+def plan_table(plan: Plan) -> str:
+    """Return a plan as a table: one line a product, and the schedule."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("layer", "product", "op", "output", "method", "why exact"):
+        table.add_column(name, overflow="fold")
+    for d in plan.decisions:
+        method = method_text(d.method, d.params) if d.method else "exact"
+        shape = "x".join(map(str, d.output))
+        table.add_row(str(d.layer), d.site, d.op, shape, method, d.reason)
+    count = len(plan.approximated)
+    head = f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
+    return f"{head}\n{_text(table)}"
+
+
+def report_table(report: Report) -> str:
+    """Return a report as text: a table of the gradients, totals, and the schedule as a figure."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("layer", justify="right")
+    for name in ("where", "gradient", "method", "why exact"):
+        table.add_column(name, overflow="fold")
+    for name in ("MFLOP exact", "planned", "MB moved exact", "planned"):
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        if row.gradient == "forward":
+            continue
+        table.add_row(
+            str(row.layer),
+            row.where,
+            row.gradient,
+            method_text(row.method, row.params),
+            row.reason,
+            f"{row.exact_flops / 1e6:.2f}",
+            f"{row.planned_flops / 1e6:.2f}",
+            f"{row.exact_bytes / 1e6:.2f}",
+            f"{row.planned_bytes / 1e6:.2f}",
+        )
+    parts = [_text(table), _totals(report)]
+    if report.picture:
+        parts.append(f"schedule {report.schedule!r}\n{report.picture}")
+    return "\n".join(parts)
+
+
+def method_text(name: str, params: Mapping[str, Any]) -> str:
+    """Return a method with its parameters, as `topk(k=2)`; parameters left out are None."""
+    given = ", ".join(f"{key}={value}" for key, value in params.items() if value is not None)
+    return f"{name}({given})" if given else name
+
+
+def _totals(report: Report) -> str:
+    exact = sum(row.exact_flops for row in report.rows)
+    planned = sum(row.planned_flops for row in report.rows)
+    forward = [row for row in report.rows if row.gradient == "forward"]
+    saved = report.planned_saved_bytes
+    kept = "not known" if saved is None else f"{saved / 1e6:.2f} MB"
+    lines = [
+        f"{len(report.approximated)} of {len(report.rows)} products approximated; "
+        f"{len(forward)} forward products are exact and not listed",
+        f"GFLOP of a step: {exact / 1e9:.3f} exact, {planned / 1e9:.3f} with every planned product "
+        "approximated (forward included)",
+        f"kept for backward: {report.exact_saved_bytes / 1e6:.2f} MB exact, {kept} with every "
+        "planned product approximated",
+        f"compiled variants: {report.variants}",
+    ]
+    if report.sizes:
+        sizes = ", ".join(f"{name} = {value}" for name, value in sorted(report.sizes.items()))
+        lines.append(f"dynamic sizes; figures are for {sizes}")
+    return "\n".join(lines)
+
+
+def _text(table: Table) -> str:
+    buffer = io.StringIO()
+    Console(file=buffer, width=_WIDTH, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

@@ -1,0 +1,202 @@
+"""What was done to each graph, and why: the record behind every table, file and figure.
+
+Figures are FLOPs and bytes of the products, exact by formula, and the bytes kept for backward as
+Inductor's partitioner decided them. Nothing in a report is a prediction of time.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from cost_model import Cost
+from graphpass import memory, render
+from graphpass.capture import Analysis
+from graphpass.plan import Plan
+from graphpass.planner import replacements
+from graphpass.variants import Active, Variants
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One product of the model.
+
+    Attributes:
+        where: module path, with `#n` for the n-th use.
+        gradient: "forward", "input" or "weight".
+        layer: number of the layer in forward order, from 1.
+        op: kind of product.
+        method: name of the method, or "exact".
+        params: parameters of the method.
+        reason: why the product is exact; "" otherwise.
+        exact_flops: FLOPs of the exact product.
+        planned_flops: FLOPs of what is computed on a step that the schedule selects.
+        exact_bytes: bytes read and written by the exact product.
+        planned_bytes: bytes read and written on a step that the schedule selects.
+    """
+
+    where: str
+    gradient: str
+    layer: int
+    op: str
+    method: str
+    params: Mapping[str, Any]
+    reason: str
+    exact_flops: int
+    planned_flops: int
+    exact_bytes: int
+    planned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was done to one training graph.
+
+    Attributes:
+        rows: one a product, in the order of the joint graph.
+        schedule: name of the schedule.
+        picture: layers by steps, for the planned layers; "" if there are none.
+        exact_saved_bytes: bytes kept from forward to backward by the exact graph.
+        planned_saved_bytes: the same with every planned site approximated; None while that
+            variant has not been compiled.
+        variants: number of compiled variants.
+        sizes: value of each dynamic size that the figures are for.
+    """
+
+    rows: tuple[Row, ...]
+    schedule: str
+    picture: str
+    exact_saved_bytes: int
+    planned_saved_bytes: int | None
+    variants: int
+    sizes: Mapping[str, int]
+
+    @property
+    def approximated(self) -> tuple[Row, ...]:
+        """The rows that name a method."""
+        return tuple(row for row in self.rows if row.method != "exact")
+
+    def to_json(self) -> str:
+        """Return the report as JSON, which `from_json` reads."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Return the report that `to_json` wrote."""
+        record = json.loads(text)
+        rows = tuple(Row(**row) for row in record.pop("rows"))
+        return cls(rows=rows, **record)
+
+    def to_dot(self) -> str:
+        """Return the layers and their products as a graph in Graphviz's language."""
+        return render.report_dot(self)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one HTML page, whole or not at all."""
+        memory.write_atomically(Path(path), render.report_html(self))
+
+    def __str__(self) -> str:
+        """Return the report as a table, with the schedule drawn below it."""
+        return render.report_table(self)
+
+
+@dataclass(slots=True)
+class TrainingGraph:
+    """A compiled training graph, as far as reports need it.
+
+    Attributes:
+        analysis: what the graph holds.
+        plan: what was decided.
+        key: identity of the graph in the cache.
+        variants: its compiled variants; None where all is exact.
+    """
+
+    analysis: Analysis
+    plan: Plan
+    key: str
+    variants: Variants | None = field(default=None)
+
+    def remember(self) -> None:
+        """Write to disk what compiling the variants showed, for processes that need not compile."""
+        if self.variants is None or not self.variants.saved_bytes:
+            return
+        counts = {
+            key: count
+            for active, count in self.variants.saved_bytes.items()
+            if (key := self.variants.key(active)) is not None
+        }
+        known = {**self.analysis.variants, **counts}
+        if known != self.analysis.variants:
+            self.analysis = replace(self.analysis, variants=known)
+            memory.store(self.key, self.analysis)
+
+    def report(self) -> Report:
+        """Return what is known of the graph now."""
+        plan, analysis = self.plan, self.analysis
+        planned = {r.site.id: r for r in replacements(plan, analysis.sites)}
+        sizes = {sympy.Symbol(name): value for name, value in analysis.hints.items()}
+        rows = []
+        for site, decision in zip(analysis.sites, plan.decisions, strict=True):
+            exact = site.cost
+            chosen = planned.get(site.id)
+            approximate = chosen.method.cost(site, chosen.params) if chosen else exact
+            flops, total = _figures(exact, sizes)
+            planned_flops, planned_total = _figures(approximate, sizes)
+            rows.append(
+                Row(
+                    where=site.name,
+                    gradient=site.gradient.value,
+                    layer=decision.layer,
+                    op=site.op,
+                    method=decision.method or "exact",
+                    params=dict(decision.params),
+                    reason=decision.reason,
+                    exact_flops=flops,
+                    planned_flops=planned_flops,
+                    exact_bytes=total,
+                    planned_bytes=planned_total,
+                )
+            )
+        layers = dict.fromkeys((d.layer, d.site.rsplit(":", 1)[0]) for d in plan.approximated)
+        picture = plan.schedule.picture(sorted(layers), plan.warmup_steps) if layers else ""
+        return Report(
+            rows=tuple(rows),
+            schedule=plan.schedule.name,
+            picture=picture,
+            exact_saved_bytes=analysis.saved_bytes,
+            planned_saved_bytes=self._planned_saved_bytes(),
+            variants=len(self.variants.compiled) if self.variants is not None else 1,
+            sizes=dict(analysis.hints),
+        )
+
+    def _planned_saved_bytes(self) -> int | None:
+        if self.variants is None:
+            return self.analysis.saved_bytes
+        largest: Active = max(self.variants.compiled, key=len)
+        counted = self.variants.saved_bytes.get(largest)
+        if counted is not None:
+            return counted
+        return self.analysis.variants.get(self.variants.key(largest) or "")
+
+
+def record(analysis: Analysis, plan: Plan, key: str) -> TrainingGraph:
+    """Note a training graph for `reports`."""
+    graph = TrainingGraph(analysis, plan, key)
+    _GRAPHS.append(graph)
+    return graph
+
+
+def reports() -> tuple[Report, ...]:
+    """Return a report for every training graph compiled in this process, in order."""
+    return tuple(graph.report() for graph in _GRAPHS)
+
+
+_GRAPHS: list[TrainingGraph] = []
+
+
+def _figures(cost: Cost, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, int]:
+    flops, read, written = cost.evaluate(dict(sizes))
+    return flops, read + written

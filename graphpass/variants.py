@@ -1,0 +1,277 @@
+"""The compiled variants of one graph, and the function that picks one of them on every step.
+
+Each variant approximates another set of the planned sites. Dynamo sees one function; switching is
+a dictionary lookup on the host, so it needs no retracing, no guard and no synchronisation.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from graphpass import fingerprint
+from graphpass.capture import SavedBytes
+from graphpass.rewrite import Replacement, rewrite, seed_placeholder
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Active = frozenset[int]
+EXACT: Active = frozenset()
+
+
+class RewritePass(CustomGraphPass):
+    """Rewrites the joint graph of one variant; its identity enters Inductor's cache keys."""
+
+    def __init__(self, replacements: Sequence[Replacement]) -> None:
+        """Hold what is to be replaced, and whatever pass the user configured globally."""
+        self.replacements = tuple(replacements)
+        configured = torch._inductor.config.joint_custom_pre_pass
+        several = isinstance(configured, (list, tuple))
+        self.users: list[Any] = list(configured) if several else [configured] if configured else []  # type: ignore[arg-type]
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite `graph` after the user's own passes."""
+        for users in self.users:
+            users(graph)
+        if any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder")):
+            rewrite(graph, self.replacements, seed_placeholder(graph))
+
+    def uuid(self) -> str | None:
+        """Return a hash of plan, code and the user's passes; None if one of those has none."""
+        records = [
+            (r.site.id, r.site.node, r.site.result, r.method.name, asdict(r.params))
+            for r in self.replacements
+        ]
+        users = [getattr(users, "uuid", lambda: None)() for users in self.users]
+        if None in users:
+            return None
+        text = json.dumps([records, [repr(user) for user in users]], default=str)
+        return hashlib.sha256((fingerprint.source_digest() + text).encode()).hexdigest()
+
+
+class Variants:
+    """Compiles variants of one graph, each once, and keeps them."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        patches: dict[str, Any],
+        parameters: frozenset[int],
+        replacements: Sequence[Replacement] = (),
+    ) -> None:
+        """Hold a private copy of the graph; compile nothing yet.
+
+        Args:
+            gm: the graph that Dynamo handed to the backend; copied.
+            patches: Inductor configuration asked for by the user.
+            parameters: positions of the parameters among the example inputs.
+            replacements: every planned site; a variant is a set of positions in this list.
+        """
+        self.gm = copy_of(gm)
+        self.patches = patches
+        self.parameters = parameters
+        self.replacements = tuple(replacements)
+        self.context = TracingContext.try_get()
+        self.compiled: dict[Active, Compiled] = {}
+        self.saved_bytes: dict[Active, int] = {}
+
+    def compile(self, active: Active, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
+        """Return the compiled variant that approximates the sites `active`.
+
+        Args:
+            active: positions in `replacements`.
+            inputs: example inputs of the graph.
+            seed: example of the seed input.
+        """
+        if active in self.compiled:
+            return self.compiled[active]
+        gm = copy_of(self.gm)
+        patches = dict(self.patches)
+        partitioner = SavedBytes(self.parameters)
+        if active:
+            inputs = [*inputs, seed]
+            _add_seed_input(gm, seed)
+            chosen = [self.replacements[i] for i in sorted(active)]
+            patches |= {
+                "joint_custom_pre_pass": RewritePass(chosen),
+                "custom_partitioner_fn": partitioner,
+            }
+        self.compiled[active] = self.compile_raw(gm, inputs, patches)
+        if partitioner.count is not None:
+            self.saved_bytes[active] = partitioner.count
+        return self.compiled[active]
+
+    def compile_raw(
+        self, gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
+    ) -> Compiled:
+        """Compile a graph with Inductor in a tracing context of its own.
+
+        The backward part is compiled late and reads the context it was traced in (which buffers
+        were donated to it, for one). With a shared context, one variant would follow what was
+        noted for another, and overwrite tensors that the user still holds.
+        """
+        context = copy.copy(self.context)
+        scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if context is not None:
+            # DDP's own splitting bookkeeping counts one forward and backward a piece.
+            context.ddp_optimizer_ctx = None
+            scope = tracing(context)
+        with scope:
+            compiled: Compiled = compile_fx(gm, inputs, config_patches=patches or None)
+        if self.context is not None and context is not None and self.context.fw_metadata is None:
+            self.context.fw_metadata = context.fw_metadata
+        return compiled
+
+    def key(self, active: Active) -> str | None:
+        """Return the identity of a variant, the same in every process."""
+        return RewritePass([self.replacements[i] for i in sorted(active)]).uuid()
+
+
+class Dispatcher:
+    """Picks and calls the variant of each step.
+
+    Attributes:
+        variants: the compiled variants.
+    """
+
+    def __init__(
+        self,
+        variants: Variants,
+        choose: Callable[[Sequence[Any]], tuple[Active, int]],
+        device: torch.device,
+        limit: int,
+        frozen: bool,
+        strict: bool,
+    ) -> None:
+        """Compile nothing yet.
+
+        Args:
+            variants: the variants, some of them compiled.
+            choose: returns the sites to approximate in a call, and the seed of its draws.
+            device: where the seed input lives.
+            limit: most variants that may be compiled.
+            frozen: whether no variant may be compiled any more (sizes are symbolic: guards that a
+                late compilation finds could not be installed).
+            strict: whether a failure raises instead of being answered by the exact variant.
+        """
+        self.variants = variants
+        self._choose = choose
+        self._device = device
+        self._limit = limit
+        self._frozen = frozen
+        self._strict = strict
+        self._refused: set[Active] = set()
+        context = variants.context
+        self._first_on_fakes = context is not None and context.fakify_first_call
+
+    def __call__(self, *args: Any) -> Any:
+        """Run one call of the graph."""
+        if self._first_on_fakes:
+            return self._run_all_on_fakes(args)
+        active, seed = self._choose(args)
+        if not active:
+            return self._get(EXACT, args)(*args)
+        variant = self._get(active, args)
+        if variant is self.variants.compiled.get(EXACT):
+            return variant(*args)
+        return variant(*args, self.seed_tensor(seed))
+
+    def seed_tensor(self, seed: int) -> torch.Tensor:
+        """Return a fresh tensor, as an earlier backward may still read the last one.
+
+        It is filled where it lives: nothing is copied, so nothing is waited for.
+        """
+        return torch.full((), seed, dtype=torch.int64, device=self._device)
+
+    def _get(self, active: Active, args: Sequence[Any]) -> Compiled:
+        variant = self.variants.compiled.get(active)
+        if variant is not None:
+            return variant
+        if active in self._refused or not self._may_compile(active):
+            return self._get(EXACT, args)
+        try:
+            return self.variants.compile(active, args, self.seed_tensor(0))
+        except Exception as error:
+            if self._strict or not active:
+                raise
+            self._refused.add(active)
+            warn_once(f"a variant could not be compiled and runs exactly instead: {error}")
+            return self._get(EXACT, args)
+
+    def _may_compile(self, active: Active) -> bool:
+        if not active:
+            return True
+        approximate = sum(1 for other in self.variants.compiled if other)
+        if not self._frozen and approximate < self._limit:
+            return True
+        self._refused.add(active)
+        why = "sizes are dynamic" if self._frozen else f"there are {approximate} already"
+        warn_once(
+            f"the schedule asks for one more combination of approximated layers, but {why}: those "
+            "steps are exact. Use a schedule with fewer combinations, or raise max_variants"
+        )
+        return False
+
+    def _run_all_on_fakes(self, args: Sequence[Any]) -> Any:
+        """Run every variant once on fake tensors, as DDP's graph splitting asks of a backend."""
+        self._first_on_fakes = False
+        context = self.variants.context
+        assert context is not None and context.fake_mode is not None
+        with context.fake_mode:
+            seed = self.seed_tensor(0)
+        results = [
+            variant(*args, seed) if active else variant(*args)
+            for active, variant in self.variants.compiled.items()
+        ]
+        return results[0]
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """Return a copy that a compilation may consume.
+
+    What Dynamo notes on the inputs (which of them are parameters) is carried over: a plain copy
+    loses it.
+    """
+    new = copy.deepcopy(gm)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(new, name, getattr(gm, name))
+    pairs = zip(
+        gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True
+    )
+    for old_input, new_input in pairs:
+        if hasattr(old_input, "_dynamo_source"):
+            new_input._dynamo_source = old_input._dynamo_source
+    return new
+
+
+def warn_once(message: str) -> None:
+    """Warn the user; the same message is shown once in a process."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(f"graphpass: {message}", UserWarning, stacklevel=2)
+
+
+_WARNED: set[str] = set()
+
+
+def _add_seed_input(gm: GraphModule, seed: torch.Tensor) -> None:
+    *_, last = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(last):
+        placeholder = gm.graph.placeholder("approx_seed")
+    placeholder.meta["example_value"] = seed
+    # It comes from nowhere in the user's program.
+    placeholder._dynamo_source = None
+    gm.recompile()

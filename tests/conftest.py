@@ -1,0 +1,92 @@
+"""Settings shared by all tests: seeds, threads, caches, compiler state, uninitialised memory."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The same work is split the same way on every machine, and sums come out in the same order.
+THREADS = 2
+SEED = 0
+
+# Where primitives run eagerly, a forgotten output element must show as NaN, not as an old value.
+TESTS = Path(__file__).parent
+NAN_EMPTY_FOLDERS = (TESTS / "codegen", TESTS / "contract")
+
+# The first call of a compiled function takes seconds, so time limits per example mean nothing.
+hypothesis.settings.register_profile("graphpass", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("graphpass")
+
+_caches = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point every cache at a folder of this run, for subprocesses too.
+
+    `GRAPHPASS_TEST_INDUCTOR_CACHE` names a folder to reuse between runs: faster, but a result that
+    an earlier version of the code left there can then pass for one of this version.
+    """
+    config.stash[_caches] = tempfile.TemporaryDirectory(prefix="graphpass-tests-")
+    root = Path(config.stash[_caches].name)
+    inductor = Path(os.environ.get("GRAPHPASS_TEST_INDUCTOR_CACHE") or root / "inductor").absolute()
+    os.environ["GRAPHPASS_CACHE_DIR"] = str(root / "graphpass")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(inductor)
+    os.environ["TRITON_CACHE_DIR"] = str(inductor / "triton")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the caches of this run."""
+    config.stash[_caches].cleanup()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch() -> Iterator[None]:
+    """Seed torch, pin its threads and start and end with no compiled code."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)
+    _reset_dynamo()
+    yield
+    _reset_dynamo()
+
+
+def _reset_dynamo() -> None:
+    # Importing Dynamo takes two seconds, and before that there is nothing to reset.
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture
+def nan_empty() -> Iterator[None]:
+    """Make `torch.empty` and its kin return NaN (integers: the largest value).
+
+    torch fills uninitialised memory in its deterministic mode only, and that mode also changes what
+    Inductor generates for scatters. Hence it is on where kernels and methods are tested by
+    themselves, and whole training steps are compiled the way users compile them.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # Not an error: what matters here is the fill, and CUDA has no deterministic form of some ops.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _nan_empty_where_eager(request: pytest.FixtureRequest, _fresh_torch: None) -> None:
+    if any(request.path.is_relative_to(folder) for folder in NAN_EMPTY_FOLDERS):
+        request.getfixturevalue("nan_empty")
