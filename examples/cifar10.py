@@ -1,30 +1,25 @@
 """Train an image classifier on CIFAR-10, exactly or with approximate gradients.
 
-    python -m examples.cifar10 --compare                       # digits, no download needed
-    python -m examples.cifar10 --data DIR --model vgg19 --method topk --schedule ga-1
+    python -m examples.cifar10 --compare --method topk
+    python -m examples.cifar10 --data DIR --model vgg19 --method zero --schedule ga-1
 
-Run it from the repository root. Without `--data` it trains on scikit-learn's digits.
+Run it from the root of the repository. Without `--data` it trains on scikit-learn's digits.
 """
 
-import argparse
-import contextlib
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from examples import checkpoint, compare, data, models, results
-from examples.settings import BACKENDS, DTYPES, LR_DECAYS, OPTIMIZERS, Settings
-from examples.training import Batch, Forward, Task, Trainer, fit, resume, run_script
-from graphpass.errors import ConfigError
+from examples import arguments, data, models, program
+from examples.settings import Settings
+from examples.training import Batch, Forward, Task
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -34,53 +29,73 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         argv: Arguments; those of the command line by default.
 
     Returns:
-        What `--json` writes: the arguments, the environment, and a summary of each run.
+        The results, as `program.run` describes them.
 
     Raises:
-        ConfigError: If an argument, a data folder or a checkpoint is not legal.
+        ConfigError: If an argument, the data or a checkpoint is not legal.
     """
-    arguments = _parser().parse_args(argv)
-    _check(arguments)
-    settings = _settings(arguments)
-    console = Console()
-    with _threads(arguments.threads):
-        images = data.load(arguments.data, arguments.limit_train)
-        if arguments.compare:
-            outcome = _compare(arguments, settings, images, console)
-        else:
-            outcome = _train(arguments, settings, images, console)
-        content = {
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-            "environment": results.environment(),
-            **outcome,
-        }
-    if arguments.json is not None:
-        checkpoint.write_json(arguments.json, content)
-    return content
+    return program.run(parser().parse_args(argv), prepare)
 
 
-def methods_for(model: nn.Module, method: str) -> dict[str, str]:
-    """Map every convolution but the first to `method`.
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    made = ArgumentParser(
+        prog="python -m examples.cifar10",
+        description="Train an image classifier, exactly or with approximate gradients.",
+    )
+    group = made.add_argument_group("task")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="CIFAR-10 as published; without it, scikit-learn's digits are used",
+    )
+    group.add_argument("--limit-train", type=int, metavar="N", help="train on the first N images")
+    group.add_argument("--model", default="resnet20", help="cnn2, vgg19 or resnet<depth>")
+    arguments.add_arguments(made)
+    return made
 
-    The first one is known to suffer most, and has no input gradient to share work with.
+
+def prepare(given: Namespace) -> Callable[[Settings], Task]:
+    """Read the images; return what makes a task of classifying them.
+
+    Raises:
+        ConfigError: If there are no images, or the model does not exist or cannot take them.
     """
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return dict.fromkeys(paths[1:], method)
+    images = data.load(given.data, given.limit_train)
+
+    def fresh_task(settings: Settings) -> Task:
+        _, channels, size, _ = images.train.images.shape
+        model = models.build(given.model, in_channels=channels, image_size=size)
+        if settings.channels_last:
+            convert_conv2d_weight_memory_format(model, torch.channels_last)
+        return Task(
+            name=f"{given.model} on {len(images.train)} images of {images.name}",
+            model=model,
+            batches=data.Batches(
+                images, settings.batch_size, settings.seed, settings.channels_last
+            ),
+            loss=cross_entropy,
+            score=lambda module: accuracy_percent(module, images, settings.channels_last),
+            score_name="test_accuracy_percent",
+        )
+
+    return fresh_task
 
 
-def accuracy_percent(images: data.ImageData, channels_last: bool, model: nn.Module) -> float:
-    """Return the share of test images that `model` classifies correctly, in percent."""
-    correct = torch.zeros((), dtype=torch.int64)
+def cross_entropy(forward: Forward, batch: Batch) -> Tensor:
+    """Return the mean cross entropy of a batch: images `[B, C, H, W]` and labels `[B]`."""
+    images, labels = batch
+    return F.cross_entropy(forward(images), labels)
+
+
+def accuracy_percent(model: nn.Module, images: data.ImageData, channels_last: bool) -> float:
+    """Return how many of a hundred test images `model` classifies correctly."""
+    correct = 0
     for batch, labels in data.evaluation_batches(images, channels_last=channels_last):
-        correct += (model(batch).argmax(dim=1) == labels).sum()
-    return 100 * correct.item() / len(images.test)
+        correct += int((model(batch).argmax(dim=1) == labels).sum())
+    return 100 * correct / len(images.test)
 
 
-def _train(
-    arguments: argparse.Namespace, settings: Settings, images: data.ImageData, console: Console
-) -> dict[str, Any]:
-    trainer = _trainer(arguments, settings, images)
-    if arguments.resume is not None:
-        resume(trainer, arguments.resume)
-    fit(trainer, console, arguments.checkpoint, partial(_print_reports, arguments, console))
-    return {"runs": [trainer.summary()], "reports": _reports_json()}
+if __name__ == "__main__":
+    sys.exit(program.exit_code(main))

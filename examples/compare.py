@@ -1,20 +1,19 @@
 """Train the same task exactly and approximately, side by side, and tabulate what came of it.
 
-The two runs take turns, a few steps each, from the first step to the last. Other work on the machine
-then slows both alike, which it would not if one run followed the other, and the ratio of step times
-covers every step of any schedule.
+The two runs take turns, a few steps each, from the first step to the last. Other work on the
+machine then slows both alike, which it would not if one run followed the other, and the ratio of
+step times covers every step of any schedule.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from examples import results
+from examples.results import StepTime
 from examples.training import Trainer
 
 # Steps per turn: a multiple of the period of every named schedule (1, 2 and 4 steps), so that a
@@ -22,12 +21,7 @@ from examples.training import Trainer
 TURN_STEPS = 4
 
 
-def fit_in_turns(
-    exact: Trainer,
-    approximate: Trainer,
-    console: Console,
-    after_first_step: Callable[[Trainer], None] = lambda trainer: None,
-) -> None:
+def fit_in_turns(exact: Trainer, approximate: Trainer, console: Console) -> None:
     """Train two runs of equal length to their ends, `TURN_STEPS` steps at a time.
 
     Raises:
@@ -43,56 +37,62 @@ def fit_in_turns(
             runs.reverse()
             for trainer in runs:
                 _take_turn(trainer, steps, console)
-                if steps == 1:
-                    after_first_step(trainer)
             bar.update(line, completed=exact.step)
             steps = TURN_STEPS
 
 
-def speedup(exact_s: Sequence[float], approximate_s: Sequence[float]) -> dict[str, float | int]:
+def speedup(exact: Sequence[StepTime], other: Sequence[StepTime]) -> dict[str, float | int]:
     """Compare two runs that trained in turns.
 
     Args:
-        exact_s: Seconds of each step; the first one is left out.
-        approximate_s: Likewise, of the other run.
+        exact: Steps of one run; turns begin at the second step.
+        other: Steps of the other run.
 
     Returns:
-        `turns` that were compared, and over them the median and the quartiles of exact over
-        approximate seconds: `speedup`, `speedup_low`, `speedup_high`. Only `turns` (0) if the runs
-        were too short for a full turn each.
+        The number of complete `turns` in which neither run compiled, and over them the median and
+        the quartiles of exact over other seconds: `speedup`, `speedup_low`, `speedup_high`.
+        Without such turns, only their number.
     """
-    starts = range(1, min(len(exact_s), len(approximate_s)) + 1, TURN_STEPS)
-    ratios = [sum(exact_s[a:b]) / sum(approximate_s[a:b]) for a, b in pairwise(starts)]
+    ratios = []
+    for first in range(1, min(len(exact), len(other)) - TURN_STEPS + 1, TURN_STEPS):
+        turns = exact[first : first + TURN_STEPS], other[first : first + TURN_STEPS]
+        if not any(step.compiled for turn in turns for step in turn):
+            exact_s, other_s = (sum(step.seconds for step in turn) for turn in turns)
+            ratios.append(exact_s / other_s)
     if not ratios:
         return {"turns": 0}
-    # `quantiles` needs two values; one turn is its own quartiles.
-    low, middle, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4)
+    # `quantiles` needs two values; a single one is its own quartiles.
+    values = ratios * 2 if len(ratios) == 1 else ratios
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"turns": len(ratios), "speedup": middle, "speedup_low": low, "speedup_high": high}
 
 
-def table(exact: dict[str, Any], approximate: dict[str, Any], measured: dict[str, Any]) -> Table:
-    """Return the two runs (as `results.summary` makes them) in columns, the ratio in the last."""
-    columns = Table(title="exact and approximate training, measured")
-    columns.add_column("")
-    for run in (exact, approximate):
-        columns.add_column(str(run["backend"]), justify="right")
-    columns.add_column("ratio", justify="right")
+def table(
+    runs: tuple[Mapping[str, Any], Mapping[str, Any]],
+    measured: Mapping[str, float | int],
+    score_name: str,
+) -> Table:
+    """Return the summaries of the exact and the other run, and their `speedup`, as a table."""
+    shown = Table(title="exact and approximate training, measured")
+    for header in ("", *(run["backend"] for run in runs), "ratio"):
+        shown.add_column(header, justify="right" if header else "left")
     for label, key, scale, digits in (
-        ("test accuracy [%]", "score", 1, 2),
+        (score_name.replace("_", " "), score_name, 1, 2),
         ("training loss", "train_loss", 1, 4),
-        ("median step [ms]", "median_step_s", 1000, 1),
-        ("mean step [ms]", "mean_step_s", 1000, 1),
-        ("training [s]", "train_s", 1, 1),
-        ("compilation [s]", "compile_s", 1, 1),
+        ("median step, ms", "median_step_s", 1000, 1),
+        ("mean step, ms", "mean_step_s", 1000, 1),
+        ("training, s", "train_s", 1, 1),
+        ("compilation, s", "compile_s", 1, 1),
     ):
-        pair = [run[key] for run in (exact, approximate)]
+        pair = [run[key] for run in runs]
         cells = ["-" if value is None else f"{value * scale:.{digits}f}" for value in pair]
-        columns.add_row(label, *cells, _ratio(*pair) if key.endswith("_s") else "")
+        ratio = f"{pair[0] / pair[1]:.2f}" if key.endswith("_s") and all(pair) else ""
+        shown.add_row(label, *cells, ratio)
     if measured["turns"]:
         spread = f"{measured['speedup_low']:.2f} to {measured['speedup_high']:.2f}"
-        label = f"speed-up, median of {measured['turns']} turns of {TURN_STEPS} steps"
-        columns.add_row(label, "", spread, f"{measured['speedup']:.2f}", style="bold")
-    return columns
+        label = f"speed-up, median and quartiles of {measured['turns']} turns"
+        shown.add_row(label, "", spread, f"{measured['speedup']:.2f}", style="bold")
+    return shown
 
 
 def _take_turn(trainer: Trainer, steps: int, console: Console) -> None:
@@ -101,7 +101,3 @@ def _take_turn(trainer: Trainer, steps: int, console: Console) -> None:
         if trainer.done or trainer.between_epochs:
             line = f"{trainer.settings.backend:9} {trainer.end_epoch()}"
             console.print(line, highlight=False)
-
-
-def _ratio(exact: float | None, approximate: float | None) -> str:
-    return f"{exact / approximate:.2f}" if exact and approximate else "-"

@@ -5,9 +5,9 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,42 +35,56 @@ class Epoch:
         loss = "not finite" if self.train_loss is None else f"{self.train_loss:.4f}"
         return f"epoch {self.epoch:3d}   loss {loss}   test {self.score:.2f}   {self.train_s:.1f} s"
 
+    def to_dict(self, score_name: str) -> dict[str, Any]:
+        """Return the record for JSON, with `score` under the name it has in its task."""
+        record = asdict(self)
+        record[score_name] = record.pop("score")
+        return record
 
-def without_compilation(step_s: Sequence[float]) -> list[float]:
-    """Replace the first step, in which the model was compiled, by the median of the others.
+
+class StepTime(NamedTuple):
+    """Wall-clock of one training step.
+
+    Attributes:
+        seconds: Data, forward and backward pass, update.
+        compiled: Whether code was compiled in it; also true of a process's first step, in which
+            libraries set themselves up.
+    """
+
+    seconds: float
+    compiled: bool
+
+
+def without_compilation(steps: Sequence[StepTime]) -> list[float]:
+    """Return the seconds of each step, with the median of the others in place of compiling ones.
 
     Args:
-        step_s: Seconds of each step of a process.
+        steps: All steps of a process, in order.
 
     Returns:
-        As many seconds; 0 for the first if there is no other.
+        As many seconds; those of compiling steps are 0 if there are no others.
     """
-    others = list(step_s[1:])
-    return [statistics.median(others) if others else 0.0, *others] if step_s else []
+    others = [step.seconds for step in steps if not step.compiled]
+    usual = statistics.median(others) if others else 0.0
+    return [usual if step.compiled else step.seconds for step in steps]
 
 
-def step_statistics(step_s: Sequence[float]) -> dict[str, float | int | None]:
-    """Return the statistics of a process's training steps, of which the first one compiled.
+def step_statistics(steps: Sequence[StepTime]) -> dict[str, float | int | None]:
+    """Return the statistics of a process's training steps.
 
     Returns:
-        `steps`, `compile_s` (the first step less a usual one) and `train_s`; `median_step_s` and
-        `mean_step_s` of all but the first step, None if there is no other.
+        `steps`; `train_s`, as if nothing had been compiled, and `compile_s`, the rest; and of the
+        steps that did not compile `median_step_s` and `mean_step_s`, None if there are none.
     """
-    trained = without_compilation(step_s)
-    others = trained[1:]
+    train_s = sum(without_compilation(steps))
+    others = [step.seconds for step in steps if not step.compiled]
     return {
-        "steps": len(step_s),
-        "compile_s": max(0.0, step_s[0] - trained[0]) if step_s else 0.0,
-        "train_s": sum(trained),
+        "steps": len(steps),
+        "compile_s": max(0.0, sum(step.seconds for step in steps) - train_s),
+        "train_s": train_s,
         "median_step_s": statistics.median(others) if others else None,
         "mean_step_s": statistics.fmean(others) if others else None,
     }
-
-
-def summary(
-    epochs: Sequence[Epoch], step_s: Sequence[float], first_epoch: int = 0
-) -> dict[str, Any]:
-    """PLACEHOLDER."""
 
 
 def environment() -> dict[str, Any]:

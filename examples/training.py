@@ -2,23 +2,25 @@
 
 A run is deterministic for a given seed and number of threads, and continues bit for bit from a
 checkpoint. The model is evaluated through the module that was not compiled: it shares the
-parameters, and an ordinary forward pass over the test split costs less than compiling a graph for it.
+parameters, and an ordinary pass over the test split costs less than compiling a graph for it.
 """
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
+from torch._dynamo.utils import counters
 
+import graphpass
 from examples import checkpoint, results
 from examples.settings import Settings
 from graphpass.errors import ConfigError
@@ -52,6 +54,7 @@ class Task:
         batches: Training data.
         loss: Scalar loss of a batch, given the compiled model.
         score: Figure of merit on the test split, given the module in eval mode.
+        score_name: What the results call that figure, with its unit.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Task:
     batches: BatchStream
     loss: Callable[[Forward, Batch], Tensor]
     score: Callable[[nn.Module], float]
+    score_name: str
 
 
 class Trainer:
@@ -78,8 +82,8 @@ class Trainer:
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
         self.step = 0
         self.history: list[results.Epoch] = []
-        # Wall-clock of every step of this process; the first one contains the compilation.
-        self.step_s: list[float] = []
+        # The steps of this process; a resumed run has made others before.
+        self.times: list[results.StepTime] = []
         self._highest_lr = self.optimizer.param_groups[0]["lr"]
         self._epoch_loss = torch.zeros((), dtype=torch.float64)
         self._epoch_first = 0
@@ -101,7 +105,7 @@ class Trainer:
         Raises:
             ConfigError: If the backend refuses its options, which it reads on the first step.
         """
-        start = time.perf_counter()
+        start, compilations = time.perf_counter(), _compilations()
         batch = self.task.batches.next()
         lr = self._highest_lr * self.settings.lr_factor(self.step, self.total_steps)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -113,7 +117,9 @@ class Trainer:
         self.optimizer.step()
         self._epoch_loss += loss.detach()
         self.step += 1
-        self.step_s.append(time.perf_counter() - start)
+        # Variants of a schedule may be compiled when they are first needed, not on the first step.
+        compiled = not self.times or _compilations() != compilations
+        self.times.append(results.StepTime(time.perf_counter() - start, compiled))
 
     def end_epoch(self) -> results.Epoch:
         """Evaluate, and add the epoch (or the part of it that was trained) to `history`."""
@@ -128,8 +134,20 @@ class Trainer:
         )
         self.history.append(record)
         self._epoch_loss.zero_()
-        self._epoch_first, self._epoch_earlier_s = len(self.step_s), 0.0
+        self._epoch_first, self._epoch_earlier_s = len(self.times), 0.0
         return record
+
+    def summary(self) -> dict[str, Any]:
+        """Return the results of the run so far; seconds are those of this process."""
+        last = self.history[-1] if self.history else None
+        return {
+            "backend": self.settings.backend,
+            "options": dict(self.settings.options),
+            self.task.score_name: None if last is None else last.score,
+            "train_loss": None if last is None else last.train_loss,
+            **results.step_statistics(self.times),
+            "epochs": [record.to_dict(self.task.score_name) for record in self.history],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
@@ -182,7 +200,7 @@ class Trainer:
         return score
 
     def _epoch_s(self) -> float:
-        here_s = results.without_compilation(self.step_s)[self._epoch_first :]
+        here_s = results.without_compilation(self.times)[self._epoch_first :]
         return self._epoch_earlier_s + sum(here_s)
 
     def _identity(self) -> dict[str, str | int]:
@@ -192,8 +210,6 @@ class Trainer:
     def _session(self) -> Any:
         if self.settings.backend != "approx":
             return None
-        import graphpass
-
         return graphpass.session(self.compiled)
 
 
@@ -213,7 +229,7 @@ def fit(
         while not trainer.done:
             trainer.train_step()
             bar.update(line, completed=trainer.step)
-            if len(trainer.step_s) == 1:
+            if len(trainer.times) == 1:
                 after_first_step()
             # A run that stops inside an epoch is saved before the epoch is closed: whoever resumes
             # it goes on with the epoch.
@@ -240,44 +256,39 @@ def resume(trainer: Trainer, path: Path) -> None:
         ) from error
 
 
-def run_script(main: Callable[[], object]) -> int:
-    """Run an example's `main`; report what the user got wrong in one line.
-
-    Returns:
-        The exit code: 2 after a mistake of the user, 130 after Ctrl-C.
-    """
-    try:
-        main()
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    return 0
-
-
-def _compile(model: nn.Module, settings: Settings) -> Forward:
+def _compile(model: nn.Module, settings: Settings) -> nn.Module:
     if settings.backend == "eager":
         return model
-    from torch._dynamo.exc import InvalidBackend
-
     options = dict(settings.options) if settings.backend == "approx" else None
     try:
-        return torch.compile(model, backend=settings.backend, options=options)
+        compiled = torch.compile(model, backend=settings.backend, options=options)
     except InvalidBackend as error:
         raise ConfigError(
             f"there is no backend {settings.backend!r}: install this project (`pip install -e .`)"
         ) from error
+    # A module like the one it wraps; torch declares a callable.
+    return cast(nn.Module, compiled)
+
+
+def _compilations() -> int:
+    """Return a number that grows whenever Dynamo or Inductor compiles."""
+    return sum(sum(group.values()) for group in counters.values())
 
 
 @contextlib.contextmanager
 def _config_errors_unwrapped() -> Iterator[None]:
-    """Let a backend's `ConfigError` through; Dynamo wraps whatever a backend raises."""
+    """Raise a `ConfigError` of a backend as it was, without what Dynamo makes of it.
+
+    Raises:
+        ConfigError: If a backend raised it.
+        BackendCompilerFailed: As Dynamo raised it, for any other failure.
+    """
     try:
         yield
-    except Exception as error:
-        cause = getattr(error, "inner_exception", None)
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        raise
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, ConfigError):
+            raise
+        raise ConfigError(str(error.inner_exception)) from error
+    except ConfigError as error:
+        # Dynamo appends a paragraph of advice for people who debug Dynamo.
+        raise ConfigError(str(error).partition("\n\n")[0]) from error

@@ -60,7 +60,9 @@ def _python_files(package: str) -> Sequence[Path]:
 def _describe(node: Node) -> str:
     stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
     value = node.meta.get("example_value") if node.op == "placeholder" else None
-    return repr((node.op, str(node.target), node.args, node.kwargs, stack, _describe_value(value)))
+    # Functions by name: their `repr` may hold an address, which is another one in every process.
+    target = getattr(node.target, "__qualname__", None) or str(node.target)
+    return repr((node.op, target, node.args, node.kwargs, stack, _describe_value(value)))
 
 
 def _describe_value(value: Any) -> object:

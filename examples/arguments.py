@@ -1,0 +1,171 @@
+"""The command line that the examples share, and what its arguments mean."""
+
+import contextlib
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples import checkpoint
+from examples.settings import BACKENDS, DTYPES, LR_DECAYS, OPTIMIZERS, Settings
+from graphpass.errors import ConfigError
+
+_APPROX_ONLY = ("method", "methods_json", "schedule", "budget", "report")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add everything that does not depend on the data set."""
+    _add_training(parser)
+    _add_approximation(parser)
+    _add_files(parser)
+
+
+def check(arguments: Namespace) -> None:
+    """Refuse what would fail late or be ignored.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or an output cannot be written.
+    """
+    if arguments.method is not None and arguments.methods_json is not None:
+        raise ConfigError("--method and --methods-json were both given: give one of them")
+    for name in _APPROX_ONLY if arguments.backend != "approx" else ():
+        if getattr(arguments, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} means nothing to --backend {arguments.backend}: "
+                "leave it out, or choose --backend approx"
+            )
+    if arguments.compare and arguments.backend == "inductor":
+        raise ConfigError("--compare sets another backend against inductor: give --backend approx")
+    if arguments.compare and (arguments.checkpoint or arguments.resume):
+        raise ConfigError("--compare trains two runs: leave out --checkpoint and --resume")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ConfigError(f"--threads {arguments.threads}: give a number of at least 1")
+    for path in (arguments.json, arguments.checkpoint):
+        if path is not None:
+            checkpoint.check_destination(path)
+
+
+def settings(arguments: Namespace) -> Settings:
+    """Return the settings that were asked for, yet without options of the approx backend.
+
+    Raises:
+        ConfigError: If a value is not legal.
+    """
+    return Settings(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        optimizer=arguments.optimizer,
+        lr=arguments.lr,
+        lr_schedule=arguments.lr_schedule,
+        backend=arguments.backend,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        channels_last=arguments.channels_last,
+        max_steps=arguments.max_steps,
+    )
+
+
+def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> dict[str, Any]:
+    """Return the options of the approx backend: those that the user gave, and the seed.
+
+    Raises:
+        ConfigError: If a value cannot be read; the backend itself checks what it says.
+    """
+    options: dict[str, Any] = {"seed": arguments.seed}
+    if arguments.method is not None:
+        options["methods"] = methods_for(model, arguments.method)
+    if arguments.methods_json is not None:
+        options["methods"] = _parsed_methods(arguments.methods_json)
+    if arguments.schedule is not None:
+        options |= {"schedule": arguments.schedule, "total_steps": total_steps}
+    if arguments.budget is not None:
+        options["budget"] = _parsed_budget(arguments.budget)
+    return options
+
+
+def methods_for(model: nn.Module, method: str) -> dict[str, str]:
+    """Map the path of every convolution but the first to `method`.
+
+    The published experiments leave the first one exact: it tolerates approximation worst.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return dict.fromkeys(paths[1:], method)
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute on so many threads inside; None leaves it to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_json(arguments: Namespace) -> dict[str, Any]:
+    """Return the arguments as they stand in results."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+
+
+def _add_training(parser: ArgumentParser) -> None:
+    default = Settings()
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=default.epochs)
+    group.add_argument("--batch-size", type=int, default=default.batch_size)
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default=default.optimizer)
+    group.add_argument("--lr", type=float, help="highest learning rate (sgd: 0.1, adam: 0.001)")
+    group.add_argument("--lr-schedule", choices=LR_DECAYS, default=default.lr_schedule)
+    group.add_argument("--seed", type=int, default=default.seed)
+    group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="bf16: autocast")
+    group.add_argument("--channels-last", action="store_true", help="memory format of the images")
+    group.add_argument("--threads", type=int, metavar="N", help="threads to compute on")
+    group.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop after N steps of the run; the learning rate still decays over all epochs",
+    )
+
+
+def _add_approximation(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("approximation")
+    group.add_argument("--backend", choices=BACKENDS, default=Settings().backend)
+    group.add_argument("--method", metavar="NAME", help="for every convolution but the first")
+    group.add_argument("--methods-json", metavar="JSON", help="module patterns to methods")
+    group.add_argument("--schedule", metavar="NAME", help="always, ga-1, ga-2, ga-3, ga-cnn2, ...")
+    group.add_argument("--budget", metavar="TAU", help="auto, or the noise that may be added")
+    group.add_argument("--report", action="store_true", help="print what was approximated, and why")
+    group.add_argument(
+        "--compare",
+        action="store_true",
+        help="train exactly (inductor) as well, in turns, and tabulate both",
+    )
+
+
+def _add_files(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("files")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="saved after every epoch")
+    group.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+
+
+def _parsed_methods(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        example = '{"layer*.conv*": "zero"}'
+        raise ConfigError(
+            f"--methods-json {text!r} is not JSON ({error}): give a mapping such as '{example}'"
+        ) from error
+
+
+def _parsed_budget(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise ConfigError(f"--budget {text!r}: give auto or a number of at least 0") from error
