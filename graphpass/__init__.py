@@ -1,5 +1,8 @@
 """Approximate training as a compiler pass: `torch.compile(model, backend="approx")`."""
 
+# Loaded before the function `methods` takes the name: importing a folder binds it in its parent.
+import graphpass.methods  # noqa: F401
+from graphpass.dry_run import plan
 from graphpass.errors import ApproxError, ConfigError
 from graphpass.method import methods
 from graphpass.options import Options
@@ -19,6 +22,7 @@ __all__ = [
     "Schedule",
     "Session",
     "methods",
+    "plan",
     "reports",
     "session",
 ]

@@ -1,6 +1,7 @@
 """The entry point of `torch.compile(model, backend="approx")`: capture, plan, compile, dispatch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,11 @@ class _VisibleConfigError(ConfigError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        """Return the message without the advice on debugging Dynamo that is added on the way."""
+        return self.message
 
 
 def approx(
@@ -51,15 +57,21 @@ def approx(
     Raises:
         ConfigError: if an option is not legal, or does not fit the model.
     """
+    with make_visible():
+        return _compile(gm, example_inputs, Options.from_dict(options, mode))
+
+
+@contextmanager
+def make_visible() -> Iterator[None]:
+    """Let a `ConfigError` through Dynamo, which wraps other exceptions of a backend."""
     try:
-        checked = Options.from_dict(options, mode)
-        return _compile(gm, example_inputs, checked)
+        yield
     except ConfigError as error:
         raise _VisibleConfigError(str(error)) from error
 
 
 def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    patches = _inductor_patches(options)
+    patches = inductor_patches(options)
     needs_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     if torch.is_grad_enabled() and needs_grad:
         try:
@@ -75,11 +87,12 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
                 "an internal failure; the model is compiled exactly instead "
                 f"({type(error).__name__}: {error})"
             )
-    result: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches or None)
+    result: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    assert callable(result)
     return result
 
 
-def _inductor_patches(options: Options) -> dict[str, Any]:
+def inductor_patches(options: Options) -> dict[str, Any]:
     """Return the Inductor configuration that the user asked for.
 
     Raises:
@@ -89,7 +102,9 @@ def _inductor_patches(options: Options) -> dict[str, Any]:
         legal = ", ".join(list_mode_options())
         raise ConfigError(f"mode={options.mode!r}: legal are {legal}")
     settings = dict(options.inductor or {})
-    unknown = sorted(key for key in settings if key.replace("-", "_") not in config.get_config_copy())
+    unknown = sorted(
+        key for key in settings if key.replace("-", "_") not in config.get_config_copy()
+    )
     if unknown:
         raise ConfigError(
             f"inductor: there is no setting {', '.join(map(repr, unknown))}; "
@@ -103,19 +118,9 @@ def _compile_training(
 ) -> Callable[..., Any] | None:
     """Return the dispatcher of a training graph, or None where all of it is exact."""
     owner = find_owner(gm)
-    parameters = frozenset(
-        i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)
-    )
-    key = fingerprint.graph_digest(
-        gm, (sorted(parameters), sorted(owner.prefixes.items()), sorted(map(repr, patches.items())))
-    )
-    analysis = memory.load(key)
-    remembered = analysis is not None
+    key, analysis = analyse(gm, inputs, owner, patches)
     if analysis is None:
-        analysis = _analyse(gm, inputs, owner, parameters, patches)
-        if analysis is None:
-            return None
-        memory.store(key, analysis)
+        return None
     session = session_of(owner.model() if owner.model is not None else None)
     offset = session.layer_offset(owner.frame, analysis.layers)
     plan = make_plan(analysis.sites, options, offset, owner.product_modules())
@@ -123,30 +128,44 @@ def _compile_training(
     graph = record(analysis, plan, key)
     if not plan.approximated:
         return None
-    try:
-        return _dispatcher(gm, inputs, options, patches, owner, session, graph, parameters)
-    except Exception:
-        if not remembered:
-            raise
-        # What was remembered may describe a graph that Inductor's settings have changed since.
-        memory.forget(key)
-        return _compile_training(gm, inputs, options, patches)
+    return _dispatcher(gm, inputs, options, patches, owner, session, graph)
 
 
-def _analyse(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    owner: Owner,
-    parameters: frozenset[int],
-    patches: dict[str, Any],
-) -> Analysis | None:
+def analyse(
+    gm: GraphModule, inputs: Sequence[Any], owner: Owner, patches: dict[str, Any]
+) -> tuple[str, Analysis | None]:
+    """Return the identity of a graph and what it holds (None: nothing is trained in it).
+
+    Args:
+        gm: the graph that Dynamo traced; not changed.
+        inputs: its example inputs.
+        owner: the model it belongs to.
+        patches: Inductor configuration asked for by the user.
+    """
+    parameters = _parameters(inputs)
+    identity = (
+        sorted(parameters),
+        sorted(owner.prefixes.items()),
+        sorted(map(repr, patches.items())),
+    )
+    key = fingerprint.graph_digest(gm, identity)
+    analysis = memory.load(key)
+    if analysis is not None:
+        return key, analysis
     variants = Variants(gm, patches, parameters)
-    return capture.analyse(
+    analysis = capture.analyse(
         gm,
         lambda more: variants.compile_raw(copy_of(gm), inputs, {**patches, **more}),
         parameters,
         owner.path_of,
     )
+    if analysis is not None:
+        memory.store(key, analysis)
+    return key, analysis
+
+
+def _parameters(inputs: Sequence[Any]) -> frozenset[int]:
+    return frozenset(i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
 
 
 def _dispatcher(
@@ -157,10 +176,10 @@ def _dispatcher(
     owner: Owner,
     session: Session,
     graph: TrainingGraph,
-    parameters: frozenset[int],
 ) -> Callable[..., Any]:
     """Compile the variants that are needed first, and return what picks one of them."""
     plan = graph.plan
+    parameters = _parameters(inputs)
     planned = replacements(plan, graph.analysis.sites)
     variants = Variants(gm, patches, parameters, planned)
     first = min(parameters, default=None)

@@ -85,7 +85,7 @@ class SavedBytes(CustomPartitionerFn):
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
         """Partition, and count the bytes of what the forward part hands to the backward part."""
-        from torch._functorch.partitioners import (  # noqa: PLC0415
+        from torch._functorch.partitioners import (
             min_cut_rematerialization_partition,
         )
 
@@ -144,7 +144,7 @@ def has_nested_regions(gm: GraphModule) -> bool:
 
     A checkpointed region is none of these: it is inlined into the joint graph.
     """
-    from torch._higher_order_ops.wrap import tag_activation_checkpoint  # noqa: PLC0415
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
     return any(
         isinstance(node.target, torch._ops.HigherOrderOperator)

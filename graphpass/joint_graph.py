@@ -9,15 +9,13 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Graph, Node
 
+from cost_model import Shape
+
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-Dim = int | sympy.Expr
-Shape = tuple[Dim, ...]
 
 # Operations that move, relabel or cast values without computing with them.
 _VIEWS = frozenset(

@@ -10,10 +10,10 @@ from typing import Any
 
 import sympy
 
+from cost_model import Dim
 from graphpass import fingerprint
-from graphpass.errors import Reason
 from graphpass.capture import Analysis
-from graphpass.joint_graph import Dim
+from graphpass.errors import Reason
 from graphpass.site import ConvGeometry, Gradient, Site
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -74,9 +74,8 @@ def _site_from(record: dict[str, Any]) -> Site:
     conv = record.pop("conv")
     geometry = None
     if conv is not None:
-        geometry = ConvGeometry(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in conv.items()}
-        )
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in conv.items()}
+        geometry = ConvGeometry(**lists)
     shapes = tuple(tuple(map(_dim_from, shape)) for shape in record.pop("shapes"))
     output = tuple(map(_dim_from, record.pop("output")))
     gradient = Gradient(record.pop("gradient"))

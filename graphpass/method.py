@@ -111,7 +111,7 @@ def register(method: Method) -> Method:
 @cache
 def methods() -> MappingProxyType[str, Method]:
     """Return every method by name, in alphabetical order."""
-    import graphpass.methods  # noqa: F401, PLC0415  (importing the folder registers its files)
+    import graphpass.methods  # noqa: F401  (importing the folder registers its files)
 
     return MappingProxyType(dict(sorted(_REGISTRY.items())))
 

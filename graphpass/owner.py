@@ -107,5 +107,5 @@ def _path_within(model: nn.Module | None, module: nn.Module, variable: str) -> s
         return variable
     for path, candidate in model.named_modules():
         if candidate is module:
-            return path
+            return str(path)
     return variable

@@ -16,6 +16,7 @@ from graphpass.schedule import Schedule
 from graphpass.site import Site
 
 PLAN_VERSION = 1
+ALWAYS = Schedule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Plan:
     """
 
     decisions: tuple[Decision, ...] = ()
-    schedule: Schedule = Schedule()
+    schedule: Schedule = ALWAYS
     warmup_steps: int = 0
 
     @property
@@ -137,7 +138,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
-        from graphpass.memory import write_atomically  # noqa: PLC0415  (imports this module)
+        from graphpass.memory import write_atomically
 
         write_atomically(Path(path), self.to_json())
 
@@ -159,7 +160,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Return a table of the plan."""
-        from graphpass.render import plan_table  # noqa: PLC0415  (imports this module)
+        from graphpass.render import plan_table
 
         return plan_table(self)
 

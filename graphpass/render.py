@@ -27,7 +27,9 @@ def plan_table(plan: Plan) -> str:
         shape = "x".join(map(str, d.output))
         table.add_row(str(d.layer), d.site, d.op, shape, method, d.reason)
     count = len(plan.approximated)
-    head = f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
+    head = (
+        f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
+    )
     return f"{head}\n{_text(table)}"
 
 
@@ -53,7 +55,7 @@ def report_table(report: Report) -> str:
             f"{row.exact_bytes / 1e6:.2f}",
             f"{row.planned_bytes / 1e6:.2f}",
         )
-    parts = [_text(table), _totals(report)]
+    parts = [_text(table), *totals(report)]
     if report.picture:
         parts.append(f"schedule {report.schedule!r}\n{report.picture}")
     return "\n".join(parts)
@@ -65,7 +67,8 @@ def method_text(name: str, params: Mapping[str, Any]) -> str:
     return f"{name}({given})" if given else name
 
 
-def _totals(report: Report) -> str:
+def totals(report: Report) -> list[str]:
+    """Return what the rows of a report add up to, a line each."""
     exact = sum(row.exact_flops for row in report.rows)
     planned = sum(row.planned_flops for row in report.rows)
     forward = [row for row in report.rows if row.gradient == "forward"]
@@ -83,7 +86,7 @@ def _totals(report: Report) -> str:
     if report.sizes:
         sizes = ", ".join(f"{name} = {value}" for name, value in sorted(report.sizes.items()))
         lines.append(f"dynamic sizes; figures are for {sizes}")
-    return "\n".join(lines)
+    return lines
 
 
 def _text(table: Table) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 
 from cost_model import Cost
-from graphpass import memory, render
+from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.plan import Plan
 from graphpass.planner import replacements
@@ -92,11 +92,11 @@ class Report:
 
     def to_dot(self) -> str:
         """Return the layers and their products as a graph in Graphviz's language."""
-        return render.report_dot(self)
+        return figures.report_dot(self)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML page, whole or not at all."""
-        memory.write_atomically(Path(path), render.report_html(self))
+        memory.write_atomically(Path(path), figures.report_html(self))
 
     def __str__(self) -> str:
         """Return the report as a table, with the schedule drawn below it."""

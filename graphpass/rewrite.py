@@ -138,9 +138,9 @@ def _exact_part(graph: Graph, node: Node, index: int, input_is_kept: bool) -> No
 
     def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         mask = [True, False, False]
-        result: Tensor = aten.convolution_backward.default(
-            grad, x, weight, None, *geometry, mask
-        )[0]
+        result: Tensor = aten.convolution_backward.default(grad, x, weight, None, *geometry, mask)[
+            0
+        ]
         return result
 
     def input_grad_without_input(grad: Tensor, weight: Tensor, *sizes: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -135,7 +136,9 @@ class _Finder:
             mask = node.args[10]
             gradients = {0: Gradient.INPUT, 1: Gradient.WEIGHT}
             return [
-                self._site(node, op, gradients[i], i) for i in gradients if mask[i]  # type: ignore[index]
+                self._site(node, op, gradients[i], i)
+                for i in gradients
+                if mask[i]  # type: ignore[index]
             ]
         gradient, reason = self._gradient(node)
         if op == "attention":
@@ -160,7 +163,12 @@ class _Finder:
         return (Gradient.INPUT if wanted in self.dependent else Gradient.WEIGHT), None
 
     def _site(
-        self, node: Node, op: str, gradient: Gradient, result: int | None, reason: Reason | None = None
+        self,
+        node: Node,
+        op: str,
+        gradient: Gradient,
+        result: int | None,
+        reason: Reason | None = None,
     ) -> Site:
         forward = self.forward.get(node.meta.get("seq_nr", -2), node)
         path = self.prefix(joint_graph.module_path(forward) or joint_graph.module_path(node))
@@ -197,8 +205,9 @@ def _numbered(sites: list[Site]) -> tuple[Site, ...]:
         if total[site.id] > 1:
             forward = site.gradient is Gradient.FORWARD
             number = seen[site.id] if forward else total[site.id] - seen[site.id] + 1
-            site = replace(site, name=f"{site.name}#{number}")  # noqa: PLW2901
-        named.append(site)
+            named.append(replace(site, name=f"{site.name}#{number}"))
+        else:
+            named.append(site)
     return tuple(named)
 
 
@@ -236,7 +245,7 @@ def _geometry(args: tuple[object, ...]) -> ConvGeometry:
         tuple(dilation),  # type: ignore[arg-type]
         bool(transposed),
         tuple(output_padding),  # type: ignore[arg-type]
-        int(groups),  # type: ignore[call-overload]
+        int(groups),
     )
 
 
@@ -268,7 +277,7 @@ def _exact_cost(site: Site) -> Cost:
     return matmul(batch, left[-2], left[-1], right[-1], site.itemsize, bias_elements=bias)
 
 
-_OPS = {
+_OPS: dict[Any, str] = {
     aten.convolution.default: "convolution",
     aten.convolution_backward.default: "convolution",
     aten.mm.default: "mm",
@@ -287,7 +296,7 @@ _OPS = {
 
 # Position of the first factor among the arguments, and the number of factors. The backward
 # attention operators take the gradient of the output before query, key and value.
-_OPERANDS = {
+_OPERANDS: dict[Any, tuple[int, int]] = {
     target: {
         "convolution": (0, 2),
         "mm": (0, 2),

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphpass import joint_graph
+from graphpass.errors import RewriteError
 
 # What Inductor reads of a node beyond its value: part, module, place in the user's source.
 _KEPT_META = (
@@ -37,6 +39,9 @@ def splice(
 
     Returns:
         The node of the result.
+
+    Raises:
+        RewriteError: if the function could not be traced into operations.
     """
     body = _trace(function, [_value(arg) for arg in args])
     placeholders = [node for node in body.nodes if node.op == "placeholder"]
@@ -54,7 +59,7 @@ def splice(
             assert node.op == "call_function", f"a constant was captured: {node.format_node()}"
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {**inherited, "val": node.meta["val"]}
-    raise AssertionError("a traced function has an output")
+    raise RewriteError("a traced function has no output")
 
 
 def size_nodes(graph: Graph, anchor: Node, tensor: Node) -> list[Node | int]:
@@ -76,9 +81,8 @@ def _value(arg: Node | int) -> Any:
 
 
 def _trace(function: Callable[..., Tensor], values: list[Any]) -> Graph:
-    from torch._dynamo.utils import detect_fake_mode  # noqa: PLC0415
-    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
-    from torch._subclasses.functional_tensor import dispatch_functionalize  # noqa: PLC0415
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.functional_tensor import dispatch_functionalize
 
     fake_mode = detect_fake_mode(values)
     assert fake_mode is not None, "the values of a joint graph are fake tensors"

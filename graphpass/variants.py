@@ -129,9 +129,10 @@ class Variants:
             context.ddp_optimizer_ctx = None
             scope = tracing(context)
         with scope:
-            compiled: Compiled = compile_fx(gm, inputs, config_patches=patches or None)
+            compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
         if self.context is not None and context is not None and self.context.fw_metadata is None:
             self.context.fw_metadata = context.fw_metadata
+        assert callable(compiled)
         return compiled
 
     def key(self, active: Active) -> str | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cost_model import Cost, element_count, elementwise
 from codegen import draws as random_draws
+from cost_model import Cost, element_count, elementwise
 from graphpass.errors import ConfigError, Rejected
 from graphpass.method import Method, Sample, register
 from graphpass.site import Gradient, Site
@@ -75,6 +75,7 @@ def cost(site: Site, params: Params) -> Cost:
 def reject(site: Site, params: Params) -> Rejected | None:
     """Accept every weight gradient."""
     del site, params
+    return None
 
 
 def operands(site: Site, params: Params) -> tuple[str, ...]:

@@ -77,18 +77,19 @@ def reference(
     positions, values = _select(maps, params.k)
     kept = torch.zeros_like(maps).scatter(2, positions, values).view_as(grad)
     weight = torch.empty(template.shape, dtype=template.dtype, device=template.device)
+    dw: Tensor
     # A convolution's three products are computed by one operator; the mask asks for dw alone.
-    dw = aten.convolution_backward(
+    _, dw, _ = aten.convolution_backward(
         kept, x, weight, None, conv.stride, conv.padding, conv.dilation, conv.transposed,
         conv.output_padding, conv.groups, [False, True, False],
-    )[1]  # fmt: skip
+    )  # fmt: skip
     return dw * params.scale
 
 
 def cost(site: Site, params: Params) -> Cost:
     """Return the cost of selecting positions and accumulating patches."""
     x, w, y = site.shapes
-    kept = y[0] * y[1] * params.k
+    kept = element_count(y[:2]) * params.k
     patch = element_count(w[1:])
     maps = element_count(y)
     return (
@@ -209,7 +210,12 @@ def samples() -> tuple[Sample, ...]:
             Params(k=3, scale=0.5, min_positions=1),
         ),
         Sample((4, 4, 8, 8), lambda: nn.Conv2d(4, 4, 3, groups=4), Gradient.WEIGHT, free),
-        Sample((2, 3, 20), lambda: nn.Conv1d(3, 5, 5, padding=2), Gradient.WEIGHT, Params(k=2, min_positions=1)),
+        Sample(
+            (2, 3, 20),
+            lambda: nn.Conv1d(3, 5, 5, padding=2),
+            Gradient.WEIGHT,
+            Params(k=2, min_positions=1),
+        ),
         Sample((2, 2, 5, 4, 6), lambda: nn.Conv3d(2, 3, 2), Gradient.WEIGHT, free),
         Sample(
             (3, 2, 5, 5),
@@ -219,9 +225,15 @@ def samples() -> tuple[Sample, ...]:
             exact=True,
         ),
         Sample((5, 3, 5, 5), lambda: nn.Conv2d(3, 4, 3), Gradient.WEIGHT, Params(), rejected=True),
-        Sample((2, 3, 9, 9), lambda: nn.ConvTranspose2d(3, 5, 3), Gradient.WEIGHT, Params(), rejected=True),
+        Sample(
+            (2, 3, 9, 9),
+            lambda: nn.ConvTranspose2d(3, 5, 3),
+            Gradient.WEIGHT,
+            Params(),
+            rejected=True,
+        ),
         Sample((70, 10), lambda: nn.Linear(10, 6), Gradient.WEIGHT, Params(), rejected=True),
-    )  # fmt: skip
+    )
 
 
 register(

@@ -1,7 +1,7 @@
 """What every method promises, checked on the method's own samples.
 
-A sample's layer becomes `relu(layer(relu(x) + shift))` and is trained for a few steps. The gradient
-of `shift` is then the layer's input gradient, and what autograd hands to the layer is known exactly:
+A sample's layer becomes `relu(layer(relu(x) + shift))` and is run for a few steps. The gradient of
+`shift` is then the layer's input gradient, and what autograd hands to the layer is known exactly:
 `cotangent * (out > 0)`. So each product can be recomputed in float64 from the very operands that
 the compiled code saw. A new file in `graphpass/methods` is tested here without an edit.
 """
@@ -33,7 +33,7 @@ SEED = 7
 STEPS = 2
 # Roundings to the dtype of operands, of intermediate results and of the product itself.
 ROUNDINGS = 8
-# Draws over which a mean is taken; with 5 standard errors, one element in two million fails by chance.
+# Draws over which a mean is taken; by chance, one mean in two million is 5 standard errors off.
 DRAWS = 1000
 STANDARD_ERRORS = 5
 # Parameters that say how much of the work is done, so that FLOPs fall when they do.
@@ -393,7 +393,7 @@ def test_draws_differ_from_step_to_step_and_nothing_else_does(case: Case) -> Non
 def _bias(
     method: Method, sample: Sample, site: Site, operands: dict[str, Tensor], exact: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return by how much the mean over many draws misses `exact`, and the standard error of that."""
+    """Return how far the mean over many draws is from `exact`, and its standard error."""
     values = [_reference(method, sample, site, operands, _seed(0))]
     template = _template(site, torch.float64)
     if method.draw(site, sample.params, template, _seed(0), salt_of(site)) is not None:
@@ -448,7 +448,7 @@ def _sampled_rows(scale: float) -> Method:
     )
 
 
-@pytest.mark.parametrize(("scale", "biased"), [(2.0, False), (1.9, True), (1.0, True)])
+@pytest.mark.parametrize(("scale", "biased"), [(2.0, False), (1.7, True), (1.0, True)])
 def test_a_bias_is_noticed(scale: float, biased: bool) -> None:
     """Without this, a check of bias that accepts everything would pass for every method."""
     left, right = torch.randn(6, 40), torch.randn(40, 10)

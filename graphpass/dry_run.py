@@ -1,0 +1,76 @@
+"""Plan a model without training it: no weight, buffer or random state changes, nothing is run."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.fx import GraphModule
+
+from graphpass.backend import analyse, inductor_patches, make_visible
+from graphpass.errors import ConfigError
+from graphpass.options import Options
+from graphpass.owner import find_owner
+from graphpass.plan import Plan
+from graphpass.planner import make_plan
+from graphpass.session import Session
+
+
+def plan(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **options: Any
+) -> Plan:
+    """Return the plan that training `model` with these options would follow.
+
+    Args:
+        model: the model, not compiled; planned in training mode, left as it is.
+        inputs: what the model is called with; tensors (real or fake) and anything else.
+        loss: maps the model's output to the value that is differentiated, where its products are
+            to be planned as well.
+        options: fields of `Options`.
+
+    Raises:
+        ConfigError: if an option is not legal, or the model trains nothing.
+    """
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+        raise ConfigError(f"plan: give the model itself, not compiled; got {type(model).__name__}")
+    checked = Options.from_dict(options)
+    mode = detect_fake_mode(inputs) or FakeTensorMode()
+    with FakeCopyMode(mode):
+        stand_in = copy.deepcopy(model).train()
+    planned = _Planning(checked)
+    # Compilations of the user's own model are left alone: only this copy's frames are new.
+    compiled = torch.compile(stand_in, backend=planned, dynamic=False)
+    fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
+    with mode, torch.enable_grad(), torch.random.fork_rng(devices=()):
+        output = compiled(*fakes)
+        if loss is not None:
+            torch.compile(loss, backend=planned, dynamic=False)(output)
+    if not planned.session.plan.decisions:
+        raise ConfigError(
+            "plan: no convolution or matrix product of the model is trained with these inputs; "
+            "check that parameters have requires_grad and the inputs are those of training"
+        )
+    return planned.session.plan
+
+
+class _Planning:
+    """A backend that plans every graph it is handed, and runs it as it is (on fake tensors)."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.session = Session()
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        owner = find_owner(gm)
+        patches = inductor_patches(self.options)
+        with make_visible():
+            _, analysis = analyse(gm, inputs, owner, patches)
+            if analysis is not None:
+                offset = self.session.layer_offset(owner.frame, analysis.layers)
+                made = make_plan(analysis.sites, self.options, offset, owner.product_modules())
+                self.session.add_plan(owner.frame, made)
+        forward: Callable[..., Any] = gm.forward
+        return forward
