@@ -63,7 +63,11 @@ def approx(
 
 @contextmanager
 def make_visible() -> Iterator[None]:
-    """Let a `ConfigError` through Dynamo, which wraps other exceptions of a backend."""
+    """Let a `ConfigError` through Dynamo, which wraps other exceptions of a backend.
+
+    Raises:
+        _VisibleConfigError: in place of a `ConfigError`, which it is as well.
+    """
     try:
         yield
     except ConfigError as error:
@@ -87,8 +91,8 @@ def _compile(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callab
                 "an internal failure; the model is compiled exactly instead "
                 f"({type(error).__name__}: {error})"
             )
-    result: Any = compile_fx(gm, inputs, config_patches=patches or None)
-    assert callable(result)
+    exact: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    result: Callable[..., Any] = exact
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment
@@ -31,7 +32,10 @@ tr.approximated { background: #e3f1fb; }
 <body>
 <h1>What was approximated, where, and why</h1>
 <ul>{% for line in totals %}<li>{{ line }}</li>{% endfor %}</ul>
-{% if report.picture %}<h2>Schedule {{ report.schedule }}</h2><pre>{{ report.picture }}</pre>{% endif %}
+{% if report.picture %}
+<h2>Schedule {{ report.schedule }}</h2>
+<pre>{{ report.picture }}</pre>
+{% endif %}
 <h2>Products</h2>
 <table>
 <tr><th>layer</th><th>where</th><th>gradient</th><th>method</th><th>why exact</th>
@@ -74,7 +78,7 @@ def report_dot(report: Report) -> str:
         chain = [row for rows in layers.values() for row in rows if row.gradient == gradient]
         if reverse:
             chain.reverse()
-        lines += [f"  {_id(a)} -> {_id(b)};" for a, b in zip(chain, chain[1:], strict=False)]
+        lines += [f"  {_id(a)} -> {_id(b)};" for a, b in pairwise(chain)]
     return "\n".join([*lines, "}"]) + "\n"
 
 

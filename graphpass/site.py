@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from cost_model import (
     ConvShape,
     Cost,
+    Shape,
     attention,
     attention_backward,
     convolution,
@@ -27,7 +28,7 @@ from cost_model import (
 )
 from graphpass import joint_graph
 from graphpass.errors import Reason
-from graphpass.joint_graph import Shape, aten
+from graphpass.joint_graph import aten
 
 
 class Gradient(StrEnum):
@@ -237,15 +238,15 @@ def _shapes(
     return factors, joint_graph.dims_of(output.shape), None
 
 
-def _geometry(args: tuple[object, ...]) -> ConvGeometry:
+def _geometry(args: tuple[Any, ...]) -> ConvGeometry:
     stride, padding, dilation, transposed, output_padding, groups = args
     return ConvGeometry(
-        tuple(stride),  # type: ignore[arg-type]
-        tuple(padding),  # type: ignore[arg-type]
-        tuple(dilation),  # type: ignore[arg-type]
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
         bool(transposed),
-        tuple(output_padding),  # type: ignore[arg-type]
-        int(groups),
+        tuple(output_padding),
+        groups,
     )
 
 

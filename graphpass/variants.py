@@ -132,8 +132,8 @@ class Variants:
             compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
         if self.context is not None and context is not None and self.context.fw_metadata is None:
             self.context.fw_metadata = context.fw_metadata
-        assert callable(compiled)
-        return compiled
+        result: Compiled = compiled
+        return result
 
     def key(self, active: Active) -> str | None:
         """Return the identity of a variant, the same in every process."""

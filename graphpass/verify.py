@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from cost_model import Shape
 from graphpass import joint_graph
 from graphpass.errors import RewriteError
-from graphpass.joint_graph import Shape
 
 
 @dataclass(frozen=True, slots=True)

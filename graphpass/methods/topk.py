@@ -77,8 +77,8 @@ def reference(
     positions, values = _select(maps, params.k)
     kept = torch.zeros_like(maps).scatter(2, positions, values).view_as(grad)
     weight = torch.empty(template.shape, dtype=template.dtype, device=template.device)
-    dw: Tensor
     # A convolution's three products are computed by one operator; the mask asks for dw alone.
+    dw: Tensor
     _, dw, _ = aten.convolution_backward(
         kept, x, weight, None, conv.stride, conv.padding, conv.dilation, conv.transposed,
         conv.output_padding, conv.groups, [False, True, False],
@@ -88,7 +88,7 @@ def reference(
 
 def cost(site: Site, params: Params) -> Cost:
     """Return the cost of selecting positions and accumulating patches."""
-    x, w, y = site.shapes
+    _, w, y = site.shapes
     kept = element_count(y[:2]) * params.k
     patch = element_count(w[1:])
     maps = element_count(y)
@@ -140,7 +140,8 @@ def lower(
     weights = torch.where(inside, (values * params.scale)[..., None], 0.0)
     # [B, Co, k, taps, Ci/groups] -> [Co, taps, Ci/groups]
     dw = (patches * weights[..., None]).sum((0, 2))
-    return dw.transpose(1, 2).reshape(template.shape).to(template.dtype)
+    result: Tensor = dw.transpose(1, 2).reshape(template.shape).to(template.dtype)
+    return result
 
 
 def _geometry(site: Site) -> ConvGeometry:

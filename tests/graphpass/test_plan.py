@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphpass
-from graphpass import ConfigError, Decision, Plan, Schedule, memory
+from graphpass import ConfigError, Decision, Plan, Schedule
 from graphpass.plan import PLAN_VERSION
 from graphpass.schedule import SCHEDULES
 
@@ -307,7 +307,7 @@ def test_a_failing_write_leaves_the_old_file_alone(
 ) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    monkeypatch.setattr(memory.os, call, failure)
+    monkeypatch.setattr(os, call, failure)
     with pytest.raises((OSError, KeyboardInterrupt)):
         Plan().save(path)
     monkeypatch.undo()
