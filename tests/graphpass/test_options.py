@@ -172,6 +172,12 @@ def test_what_does_not_fit_the_model_reaches_the_user(given: dict[str, Any], mes
     assert "TORCHDYNAMO_VERBOSE" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("given", "message"), UNFIT, ids=names(UNFIT))
+def test_what_does_not_fit_is_refused_when_planning(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        graphpass.plan(Net(), torch.randn(5, 4), **given)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_mistakes_are_no_internal_failures(strict: bool) -> None:
     """They raise whether or not internal failures do."""
@@ -230,7 +236,6 @@ def test_a_mistake_can_be_corrected() -> None:
         {"schedule": ""},
         {"schedule": Schedule(rule=None, stop=3, start=0), "gradients": ("weight", "weight")},
     ],
-    ids=str,
 )
 @pytest.mark.xfail(strict=True, reason="a wrong type that the checks themselves trip over")
 def test_odd_values_are_refused(options: dict[Any, Any]) -> None:
