@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,9 +125,9 @@ def _compile_training(
     if analysis is None:
         return None
     session = session_of(owner.model() if owner.model is not None else None)
-    offset = session.layer_offset(owner.frame, analysis.layers)
+    offset = session.layer_offset(owner.identity, analysis.layers)
     plan = make_plan(analysis.sites, options, offset, owner.product_modules())
-    session.add_plan(owner.frame, plan)
+    session.add_plan(owner.identity, plan)
     graph = record(analysis, plan, key)
     if not plan.approximated:
         return None
@@ -214,8 +213,14 @@ def _dispatcher(
     dispatcher = Dispatcher(
         variants, choose, device, options.max_variants, frozen=symbolic, strict=options.strict
     )
-    graph.variants = variants
-    for active in _needed_at_once(at_step, plan, session.step, options.max_variants, symbolic):
+    graph.log = variants.log
+    if symbolic:
+        needed = _all_variants(at_step, plan, options.max_variants)
+    elif owner.training():
+        needed = _first_variants(at_step, plan, session.step, options.max_variants)
+    else:
+        needed = []
+    for active in needed:
         variants.compile(active, inputs, dispatcher.seed_tensor(0))
     graph.remember()
 
@@ -225,19 +230,15 @@ def _dispatcher(
     return dispatch
 
 
-def _needed_at_once(
-    at_step: Callable[[int], Active], plan: Plan, step: int, limit: int, symbolic: bool
+def _first_variants(
+    at_step: Callable[[int], Active], plan: Plan, step: int, limit: int
 ) -> list[Active]:
-    """Return the variants to compile before the first step.
+    """Return the variants of the schedule's first period; others follow when their step comes."""
+    period = plan.schedule.landmarks(0)[: plan.schedule.every_step]
+    return list(dict.fromkeys(at_step(step + i) for i in period))[:limit]
 
-    With static sizes these are the ones of the schedule's first period; others follow when their
-    first step comes. With symbolic sizes nothing can be compiled later, so all are, and the exact
-    one for evaluation with gradients.
-    """
-    if not symbolic:
-        period = replace(plan.schedule, start=0, stop=None).landmarks(0)
-        steps = [step + i for i in period[: plan.schedule.every_step]]
-        return list(dict.fromkeys(map(at_step, steps)))[:limit]
+
+def _all_variants(at_step: Callable[[int], Active], plan: Plan, limit: int) -> list[Active]:
+    """Return every variant: with symbolic sizes none can be compiled once training runs."""
     everything = dict.fromkeys(map(at_step, plan.schedule.landmarks(plan.warmup_steps)))
-    approximate = [active for active in everything if active]
-    return [EXACT, *approximate[:limit]]
+    return [EXACT, *[active for active in everything if active][:limit]]

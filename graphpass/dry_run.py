@@ -69,8 +69,8 @@ class _Planning:
         with make_visible():
             _, analysis = analyse(gm, inputs, owner, patches)
             if analysis is not None:
-                offset = self.session.layer_offset(owner.frame, analysis.layers)
+                offset = self.session.layer_offset(owner.identity, analysis.layers)
                 made = make_plan(analysis.sites, self.options, offset, owner.product_modules())
-                self.session.add_plan(owner.frame, made)
+                self.session.add_plan(owner.identity, made)
         forward: Callable[..., Any] = gm.forward
         return forward

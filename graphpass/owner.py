@@ -35,6 +35,14 @@ class Owner:
     frame: int
     prefixes: Mapping[str, str]
 
+    @property
+    def identity(self) -> str:
+        """What recompilations of the same code on the same modules share.
+
+        Blocks of one class run the same code; they are told apart by where they are in the model.
+        """
+        return f"{self.frame} {sorted(self.prefixes.items())}"
+
     def path_of(self, traced: str) -> str:
         """Return the path that the user knows for a module path as Dynamo traced it."""
         variable, rest = joint_graph.split_root(traced)

@@ -6,7 +6,7 @@ Inductor's partitioner decided them. Nothing in a report is a prediction of time
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.plan import Plan
 from graphpass.planner import replacements
-from graphpass.variants import Active, Variants
+from graphpass.variants import Active, RewritePass, VariantLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +111,22 @@ class TrainingGraph:
         analysis: what the graph holds.
         plan: what was decided.
         key: identity of the graph in the cache.
-        variants: its compiled variants; None where all is exact.
+        log: its compiled variants; None where all is exact.
     """
 
     analysis: Analysis
     plan: Plan
     key: str
-    variants: Variants | None = field(default=None)
+    log: VariantLog | None = None
 
     def remember(self) -> None:
         """Write to disk what compiling the variants showed, for processes that need not compile."""
-        if self.variants is None or not self.variants.saved_bytes:
+        if self.log is None:
             return
         counts = {
             key: count
-            for active, count in self.variants.saved_bytes.items()
-            if (key := self.variants.key(active)) is not None
+            for active, count in self.log.saved_bytes.items()
+            if (key := self._key_of(active)) is not None
         }
         known = {**self.analysis.variants, **counts}
         if known != self.analysis.variants:
@@ -168,18 +168,24 @@ class TrainingGraph:
             picture=picture,
             exact_saved_bytes=analysis.saved_bytes,
             planned_saved_bytes=self._planned_saved_bytes(),
-            variants=len(self.variants.compiled) if self.variants is not None else 1,
+            variants=len(self.log.compiled) if self.log is not None else 1,
             sizes=dict(analysis.hints),
         )
 
     def _planned_saved_bytes(self) -> int | None:
-        if self.variants is None:
+        if self.log is None:
             return self.analysis.saved_bytes
-        largest: Active = max(self.variants.compiled, key=len)
-        counted = self.variants.saved_bytes.get(largest)
-        if counted is not None:
-            return counted
-        return self.analysis.variants.get(self.variants.key(largest) or "")
+        largest: Active = max(self.log.compiled, key=len, default=frozenset())
+        if not largest:
+            return None
+        counted = self.log.saved_bytes.get(largest)
+        return (
+            self.analysis.variants.get(self._key_of(largest) or "") if counted is None else counted
+        )
+
+    def _key_of(self, active: Active) -> str | None:
+        planned = replacements(self.plan, self.analysis.sites)
+        return RewritePass([planned[i] for i in sorted(active)]).uuid()
 
 
 def record(analysis: Analysis, plan: Plan, key: str) -> TrainingGraph:

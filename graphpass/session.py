@@ -41,8 +41,9 @@ class Session:
         # Callers in the order they first ran; gives each its own draws, the same in every run.
         self._callers: dict[tuple[int, int], int] = {}
         self._resumed_calls: list[int] = []
-        self._layers: dict[int, tuple[int, int]] = {}
-        self._plans: dict[int, Plan] = {}
+        # By `Owner.identity`, in the order of the forward pass.
+        self._layers: dict[str, tuple[int, int]] = {}
+        self._plans: dict[str, Plan] = {}
 
     @property
     def step(self) -> int:
@@ -145,21 +146,21 @@ class Session:
         self._calls[caller] = repeat + 1
         return Turn(self._step, draws.mix(seed, self._step, repeat, self._callers[caller]))
 
-    def layer_offset(self, frame: int, layers: int) -> int:
-        """Return the number of layers in the graphs that ran before this frame's.
+    def layer_offset(self, owner: str, layers: int) -> int:
+        """Return the number of layers in the graphs that ran before this one.
 
         Args:
-            frame: number of the traced frame.
-            layers: number of layers in its graph.
+            owner: `Owner.identity` of the graph.
+            layers: number of layers in it.
         """
-        if frame not in self._layers:
+        if owner not in self._layers:
             before = max((start + count for start, count in self._layers.values()), default=0)
-            self._layers[frame] = (before, layers)
-        return self._layers[frame][0]
+            self._layers[owner] = (before, layers)
+        return self._layers[owner][0]
 
-    def add_plan(self, frame: int, plan: Plan) -> None:
-        """Note the plan of a graph; a recompilation of its frame replaces it."""
-        self._plans[frame] = plan
+    def add_plan(self, owner: str, plan: Plan) -> None:
+        """Note the plan of a graph; a recompilation of the same code replaces it."""
+        self._plans[owner] = plan
 
 
 _SESSIONS: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()

@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -61,6 +61,19 @@ class RewritePass(CustomGraphPass):
         return hashlib.sha256((fingerprint.source_digest() + text).encode()).hexdigest()
 
 
+@dataclass(slots=True)
+class VariantLog:
+    """What reports say of the variants; outlives them.
+
+    Attributes:
+        compiled: variants in the order they were compiled.
+        saved_bytes: bytes each keeps for backward, where its compilation showed it.
+    """
+
+    compiled: list[Active] = field(default_factory=list)
+    saved_bytes: dict[Active, int] = field(default_factory=dict)
+
+
 class Variants:
     """Compiles variants of one graph, each once, and keeps them."""
 
@@ -85,7 +98,7 @@ class Variants:
         self.replacements = tuple(replacements)
         self.context = TracingContext.try_get()
         self.compiled: dict[Active, Compiled] = {}
-        self.saved_bytes: dict[Active, int] = {}
+        self.log = VariantLog()
 
     def compile(self, active: Active, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
         """Return the compiled variant that approximates the sites `active`.
@@ -109,8 +122,9 @@ class Variants:
                 "custom_partitioner_fn": partitioner,
             }
         self.compiled[active] = self.compile_raw(gm, inputs, patches)
+        self.log.compiled.append(active)
         if partitioner.count is not None:
-            self.saved_bytes[active] = partitioner.count
+            self.log.saved_bytes[active] = partitioner.count
         return self.compiled[active]
 
     def compile_raw(
@@ -134,10 +148,6 @@ class Variants:
             self.context.fw_metadata = context.fw_metadata
         result: Compiled = compiled
         return result
-
-    def key(self, active: Active) -> str | None:
-        """Return the identity of a variant, the same in every process."""
-        return RewritePass([self.replacements[i] for i in sorted(active)]).uuid()
 
 
 class Dispatcher:
