@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Tests run side by side: they compile more than they compute.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -22,8 +24,8 @@ install: $(STAMP)  ## make or renew .venv (the other targets do it by themselves
 demo: $(STAMP)  ## train a small network exactly and approximately, side by side (DEMO_ARGS)
 	$(BIN)/python -m examples.cifar10 --compare $(DEMO_ARGS)
 
-test: $(STAMP)  ## run the tests (PYTEST_ARGS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP)  ## run the tests (PYTEST_ARGS, JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check formatting and lint rules
 	$(BIN)/ruff format --check .

@@ -108,7 +108,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             "channels_last" if row["channels_last"] else "NCHW",
             f"{1e3 * row['exact_s']:.2f}",
             f"{1e3 * row['topk_s']:.2f}",
-            f"{faster['median']:.1f} ({faster['low_quartile']:.1f} to {faster['high_quartile']:.1f})",
+            "{median:.1f} ({low_quartile:.1f} to {high_quartile:.1f})".format(**faster),
         )
     return table
 

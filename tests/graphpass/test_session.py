@@ -330,7 +330,11 @@ def test_only_a_module_has_a_session(given: Any) -> None:
         graphpass.session(given)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing counts the forwards of a graph that is all exact")
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="nothing counts the forwards of a graph that is all exact",
+)
 def test_steps_are_counted_where_the_plan_is_empty() -> None:
     model = Net()
     call = compiled(model, {"budget": 0})
@@ -361,7 +365,9 @@ def test_a_bad_state_is_refused(state: Any, message: str) -> None:
     assert session.step == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the entries of `calls` are not looked at")
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="the entries of `calls` are not looked at"
+)
 @pytest.mark.parametrize("calls", [["1"], [None], [-1], "12"])
 def test_a_bad_count_of_calls_is_refused(calls: Any) -> None:
     session = graphpass.session(Net())
