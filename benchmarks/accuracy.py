@@ -1,11 +1,14 @@
 """Accuracy after a short training: exact, and each GA method under each GA schedule.
 
     python -m benchmarks.accuracy --data DIR        # ten runs; writes results/accuracy.json
+    python -m benchmarks.accuracy --data DIR --runs exact topk/ga-2
 
 Everything but method and schedule is the same in all runs: model, data order, seed, optimizer.
+Runs that the results file already holds, with the same settings, are kept.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import write_results
+from benchmarks.timing import RESULTS, write_results
 from examples import cifar10
 
 METHODS = ("zero", "random", "topk")
@@ -26,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train every combination, print a table, write the results."""
     given = _parse(argv)
     console = Console()
-    runs: dict[str, Any] = {}
-    for name, arguments in _combinations().items():
+    settings = {"epochs": given.epochs, "model": given.model, "seed": given.seed}
+    runs = _earlier_runs(given.output, settings)
+    for name in given.runs:
+        arguments = _combinations()[name]
         torch._dynamo.reset()
         common = [
             "--data", str(given.data), "--model", given.model, "--epochs", str(given.epochs),
@@ -36,10 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = cifar10.main([*common, *arguments])
         runs[name] = {"arguments": arguments, "result": result}
         # Written after every run: a long measurement that is cut off is not lost.
-        record = {"epochs": given.epochs, "model": given.model, "seed": given.seed, "runs": runs}
-        path = write_results("accuracy", record)
+        console.print(f"written to {write_results(given.output, {**settings, 'runs': runs})}")
     console.print(_table(runs))
-    console.print(f"written to {path}")
+
+
+def _earlier_runs(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    same = all(record.get(key) == value for key, value in settings.items())
+    return dict(record["runs"]) if same else {}
 
 
 def _combinations() -> dict[str, list[str]]:
@@ -58,14 +70,21 @@ def final_accuracy(run: dict[str, Any]) -> float:
 
 
 def _table(runs: dict[str, Any]) -> Table:
-    table = Table(title=f"test accuracy in %, exact {final_accuracy(runs[EXACT]):.2f}")
+    accuracies = {name: final_accuracy(run) for name, run in runs.items()}
+    exact = accuracies.get(EXACT)
+    table = Table(title="test accuracy in %" + (f", exact {exact:.2f}" if exact else ""))
     for column in ("method", *SCHEDULES):
         table.add_column(column)
     for method in METHODS:
-        cells = [final_accuracy(runs[f"{method}/{schedule}"]) for schedule in SCHEDULES]
-        exact = final_accuracy(runs[EXACT])
-        table.add_row(method, *(f"{cell:.2f} ({cell - exact:+.2f})" for cell in cells))
+        cells = [accuracies.get(f"{method}/{schedule}") for schedule in SCHEDULES]
+        table.add_row(method, *(_cell(cell, exact) for cell in cells))
     return table
+
+
+def _cell(accuracy: float | None, exact: float | None) -> str:
+    if accuracy is None:
+        return "not run"
+    return f"{accuracy:.2f}" + (f" ({accuracy - exact:+.2f})" if exact else "")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +94,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    every = list(_combinations())
+    parser.add_argument("--runs", nargs="+", choices=every, default=every, metavar="RUN")
+    parser.add_argument("--output", default="accuracy", help="name of the results file")
     return parser.parse_args(argv)
 
 

@@ -18,6 +18,12 @@ ZERO: dict[str, Any] = {"methods": {"body": "zero"}}
 LATE: dict[str, Any] = {**ZERO, "schedule": Schedule.after(2)}
 
 
+# Dynamo makes an instance of the base class to stand for `ctx` (2.13, side_effects.py).
+FUNCTION_WARNING = pytest.mark.filterwarnings(
+    "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
+
+
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "_WARNED", set())
@@ -203,11 +209,13 @@ class WithFunction(Net):
         return y
 
 
+@FUNCTION_WARNING
 @pytest.mark.parametrize("make", [Branching, WithFunction])
 def test_nested_regions_train_as_inductor_trains_them(make: type[nn.Module]) -> None:
     assert_same(train("approx", ZERO, make), train("inductor", None, make))
 
 
+@FUNCTION_WARNING
 @pytest.mark.parametrize("make", [Branching, WithFunction])
 @pytest.mark.xfail(
     raises=AssertionError, strict=True, reason="a graph with nested regions has a report of 0 rows"
@@ -289,7 +297,9 @@ def test_a_training_step_with_its_backward_inside() -> None:
     assert not torch.equal(model.body.bias, Net().body.bias)
     # Sums of WIDTH and of BATCH products: each rounds once a term, in either order.
     tolerance = 2 * (WIDTH + BATCH) * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(model.tail, reference.tail, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        model.tail.weight, reference.tail.weight, rtol=tolerance, atol=tolerance
+    )
 
 
 def loss_with_criterion(model: nn.Module, criterion: nn.Module, x: Tensor) -> Tensor:
