@@ -250,6 +250,25 @@ def mlp() -> nn.Module:
     )
 
 
+def vgg() -> nn.Module:
+    """Return the first two scales of VGG-19; images of 8 pixels leave what its classifier takes."""
+    model = models.vgg19(image_size=32)
+    model.features = model.features[:14]
+    return model
+
+
+def noisy() -> nn.Module:
+    """Return a convolution, a norm, a dropout and a classifier of images of 8 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
+
+
 def frozen() -> nn.Module:
     """Return convolutions, of which the second keeps its weights."""
     model = ConvOnly()
@@ -260,9 +279,10 @@ def frozen() -> nn.Module:
 NETS: Mapping[str, Net] = {
     "cnn2": Net(lambda: models.cnn2(image_size=8), images(3, 8)),
     "resnet8": Net(lambda: models.resnet(8, width=4, image_size=8), images(3, 8)),
-    "vgg19": Net(lambda: models.vgg19(image_size=32), images(3, 32)),
+    "vgg": Net(vgg, images(3, 8)),
     "unet": Net(UNet, images(3, 8)),
     "separable": Net(Separable, images(4, 8)),
+    "noisy": Net(noisy, images(3, 8)),
     "conv_only": Net(ConvOnly, images(3, 8)),
     "mlp": Net(mlp, vectors(6)),
     "lstm": Net(Lstm, vectors(3, 6)),

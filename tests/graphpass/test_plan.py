@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 def small_net() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2))
 
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
@@ -372,17 +372,17 @@ def test_a_given_schedule_replaces_that_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_schedule_that_never_selects_a_layer_makes_it_exact() -> None:
-    plan = plan_of_small_net()
-    model = small_net()
-    gradients(model, plan=plan, schedule=Schedule("second", first_layer=2))
-    decisions = {d.site: d for d in graphpass.session(model).plan.decisions}
+    plan = plan_of_small_net(plan=plan_of_small_net(), schedule=Schedule("second", first_layer=2))
+    decisions = {d.site: d for d in plan.decisions}
     assert decisions["3:weight"].method == "random"
     assert decisions["0:weight"].method is None
     assert "the schedule never selects this layer" in decisions["0:weight"].reason
 
 
-def plan_of_small_net() -> Plan:
-    return graphpass.plan(small_net(), torch.randn(5, 3, 6, 6), methods=METHODS)
+def plan_of_small_net(batch: int = 5, **options: Any) -> Plan:
+    """Return the plan of `small_net`, with `METHODS` unless another plan is given."""
+    options = options or {"methods": METHODS}
+    return graphpass.plan(small_net(), torch.randn(batch, 3, 6, 6), **options)
 
 
 @pytest.mark.parametrize(
@@ -418,10 +418,8 @@ def test_a_plan_for_another_model_is_refused(
 
 
 def test_a_plan_fits_another_batch() -> None:
-    plan = plan_of_small_net()
-    model = small_net()
-    compiled(model, plan=plan)(torch.randn(7, 3, 6, 6))
-    assert [d.site for d in graphpass.session(model).plan.approximated] == ["3:weight", "0:weight"]
+    plan = plan_of_small_net(batch=7, plan=plan_of_small_net())
+    assert [d.site for d in plan.approximated] == ["3:weight", "0:weight"]
 
 
 def renamed(plan: Plan, site: str, **fields: Any) -> Plan:
@@ -494,7 +492,4 @@ def test_a_corrupt_file_is_the_users_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.xfail(strict=True, reason="the plan is followed whatever the budget")
 def test_budget_0_is_exact_whatever_the_plan() -> None:
-    plan = plan_of_small_net()
-    model = small_net()
-    compiled(model, plan=plan, budget=0)(torch.randn(5, 3, 6, 6))
-    assert not graphpass.session(model).plan.approximated
+    assert not plan_of_small_net(plan=plan_of_small_net(), budget=0).approximated

@@ -451,12 +451,11 @@ def test_both_products_of_one_node_are_replaced() -> None:
     torch.testing.assert_close(found["0.bias"], exact["0.bias"], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_results_are_laid_out_as_before(memory_format: torch.memory_format) -> None:
+def test_results_are_laid_out_as_before() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 2))
-    model.to(memory_format=memory_format)
-    x = torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
-    exact = gradients(model, x, budget=0)
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    exact = gradients(model, x)
     methods = {"0": {"name": "topk", "k": 2, "min_positions": 1}, "2": "random"}
     found = gradients(model, x, methods=methods, strict=True)
     assert {name: value.stride() for name, value in found.items()} == {

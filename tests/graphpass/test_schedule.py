@@ -165,6 +165,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
 
 @given(schedules(), st.integers(0, 120))
+# Approximate from the first step on, and exact at the end alone.
+@example(Schedule(stop=7), 0)
 # The approximate window is shorter than a period, and lies between two of its steps.
 @example(Schedule(every_step=9, phase=8, start=9, stop=17), 0)
 @example(Schedule(every_step=5, phase=0, start=3, stop=7), 6)
