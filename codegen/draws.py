@@ -15,11 +15,15 @@ _MASK = 0x7FFFFFFF
 _MULTIPLIER = 0x45D9F3B
 _FINAL_MULTIPLIER = 0x2C1B3C6D
 _GOLDEN = 0x1E3779B1
-_RESOLUTION = 1 << 24
+# One bit less than a float32 holds: half a step above the largest multiple is then still exact,
+# where it would be rounded up to 1 otherwise.
+_RESOLUTION = 1 << 23
 
 
 def uniform(seed: Tensor, count: int, salt: int) -> Tensor:
     """Return `count` numbers, uniform in the open interval (0, 1).
+
+    They are the 2**23 odd multiples of 2**-24, so neither 0 nor 1 is ever among them.
 
     Args:
         seed: int64, 0-d, in [0, 2**31).

@@ -11,14 +11,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from graphpass import capture, fingerprint, memory
+from graphpass.callers import Caller, Callers, first_parameter
 from graphpass.capture import Analysis
 from graphpass.errors import ConfigError
 from graphpass.options import Options
 from graphpass.owner import Owner, find_owner
-from graphpass.plan import Plan
-from graphpass.planner import make_plan, replacements
-from graphpass.report import TrainingGraph, record
-from graphpass.session import Session, session_of
 from graphpass.variants import EXACT, Active, Dispatcher, Variants, copy_of, warn_once
 
 
@@ -119,19 +116,43 @@ def inductor_patches(options: Options) -> dict[str, Any]:
 def _compile_training(
     gm: GraphModule, inputs: Sequence[Any], options: Options, patches: dict[str, Any]
 ) -> Callable[..., Any] | None:
-    """Return the dispatcher of a training graph, or None where all of it is exact."""
-    owner = find_owner(gm)
+    """Return the dispatcher of a training graph, or None where nothing is trained in it."""
+    owner = _owner(gm, inputs)
     key, analysis = analyse(gm, inputs, owner, patches)
     if analysis is None:
         return None
-    session = session_of(owner.model() if owner.model is not None else None)
-    offset = session.layer_offset(owner.identity, analysis.layers)
-    plan = make_plan(analysis.sites, options, offset, owner.product_modules())
-    session.add_plan(owner.identity, plan)
-    graph = record(analysis, plan, key)
-    if not plan.approximated:
-        return None
-    return _dispatcher(gm, inputs, options, patches, owner, session, graph)
+    variants = Variants(gm, patches, parameters_of(inputs))
+    callers = Callers(analysis, key, options, owner, inputs, variants)
+    if not callers.first.plan.approximated:
+        # In Inductor's own way, on Dynamo's own graph: nothing of ours is in it.
+        variants.adopt_exact(compile_fx(gm, inputs, config_patches=patches or None))
+    first = first_parameter(inputs)
+    dispatcher = Dispatcher(
+        variants,
+        callers.choose,
+        callers.remember,
+        device=inputs[first].device if first is not None else torch.device("cpu"),
+        limit=options.max_variants,
+        frozen=bool(analysis.hints) or any(isinstance(x, torch.SymInt) for x in inputs),
+        strict=options.strict,
+    )
+    try:
+        for active in _needed_at_once(callers.first, options, dispatcher.frozen):
+            variants.compile(active, inputs, dispatcher.seed_tensor(0))
+    except Exception as error:
+        if analysis.remembered:
+            # It may describe a graph that Inductor's settings have changed since: look again.
+            memory.forget(key)
+            callers.withdraw()
+            return _compile_training(gm, inputs, options, patches)
+        callers.give_up(f"an internal failure: {error}")
+        raise
+    callers.remember()
+
+    def dispatch(*args: Any) -> Any:
+        return dispatcher(*args)
+
+    return dispatch
 
 
 def analyse(
@@ -145,20 +166,24 @@ def analyse(
         owner: the model it belongs to.
         patches: Inductor configuration asked for by the user.
     """
-    parameters = _parameters(inputs)
+    parameters = parameters_of(inputs)
     identity = (
         sorted(parameters),
         sorted(owner.prefixes.items()),
         sorted(map(repr, patches.items())),
+        capture.UserPasses(patches).uuids(),
     )
     key = fingerprint.graph_digest(gm, identity)
+    if capture.has_nested_regions(gm):
+        return "", Analysis((), nested=True)
     analysis = memory.load(key)
     if analysis is not None:
         return key, analysis
     variants = Variants(gm, patches, parameters)
     analysis = capture.analyse(
         gm,
-        lambda more: variants.compile_raw(copy_of(gm), inputs, {**patches, **more}),
+        lambda all_patches: variants.compile_raw(copy_of(gm), inputs, all_patches),
+        patches,
         parameters,
         owner.path_of,
     )
@@ -167,78 +192,34 @@ def analyse(
     return key, analysis
 
 
-def _parameters(inputs: Sequence[Any]) -> frozenset[int]:
+def parameters_of(inputs: Sequence[Any]) -> frozenset[int]:
+    """Return the positions of the parameters among a graph's inputs."""
     return frozenset(i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
 
 
-def _dispatcher(
-    gm: GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    patches: dict[str, Any],
-    owner: Owner,
-    session: Session,
-    graph: TrainingGraph,
-) -> Callable[..., Any]:
-    """Compile the variants that are needed first, and return what picks one of them."""
-    plan = graph.plan
-    parameters = _parameters(inputs)
-    planned = replacements(plan, graph.analysis.sites)
-    variants = Variants(gm, patches, parameters, planned)
-    first = min(parameters, default=None)
-    device = inputs[first].device if first is not None else torch.device("cpu")
-    layers = [decision.layer for decision in plan.approximated]
-
-    def at_step(step: int) -> Active:
-        if step < plan.warmup_steps:
-            return EXACT
-        return frozenset(i for i, n in enumerate(layers) if plan.schedule.selects(n, step))
-
-    last: list[tuple[Active, int]] = [(EXACT, 0)]
-
-    def choose(args: Sequence[Any]) -> tuple[Active, int]:
-        if torch._C._current_graph_task_id() != -1:
-            # A checkpoint outside the graph runs the forward again: it must see the same graph.
-            return last[0]
-        if not owner.training():
-            return EXACT, 0
-        caller = (owner.frame, id(args[first]) if first is not None else 0)
-        turn = session.begin(caller, options.seed)
-        last[0] = (EXACT if session.is_exact else at_step(turn.step), turn.seed)
-        return last[0]
-
-    symbolic = any(isinstance(value, torch.SymInt) for value in inputs) or bool(
-        graph.analysis.hints
-    )
-    dispatcher = Dispatcher(
-        variants, choose, device, options.max_variants, frozen=symbolic, strict=options.strict
-    )
-    graph.log = variants.log
-    if symbolic:
-        needed = _all_variants(at_step, plan, options.max_variants)
-    elif owner.training():
-        needed = _first_variants(at_step, plan, session.step, options.max_variants)
-    else:
-        needed = []
-    for active in needed:
-        variants.compile(active, inputs, dispatcher.seed_tensor(0))
-    graph.remember()
-
-    def dispatch(*args: Any) -> Any:
-        return dispatcher(*args)
-
-    return dispatch
+def _owner(gm: GraphModule, inputs: Sequence[Any]) -> Owner:
+    first = first_parameter(inputs)
+    return find_owner(gm, None if first is None else inputs[first])
 
 
-def _first_variants(
-    at_step: Callable[[int], Active], plan: Plan, step: int, limit: int
-) -> list[Active]:
+def _needed_at_once(caller: Caller, options: Options, frozen: bool) -> list[Active]:
+    """Return the variants to compile before the first step."""
+    if frozen:
+        return _all_variants(caller, options.max_variants)
+    if not caller.training():
+        return []
+    return _first_variants(caller, options.max_variants)
+
+
+def _first_variants(caller: Caller, limit: int) -> list[Active]:
     """Return the variants of the schedule's first period; others follow when their step comes."""
-    period = plan.schedule.landmarks(0)[: plan.schedule.every_step]
-    return list(dict.fromkeys(at_step(step + i) for i in period))[:limit]
+    schedule, step = caller.plan.schedule, caller.session.step
+    period = schedule.landmarks(0)[: schedule.every_step]
+    return list(dict.fromkeys(caller.at_step(step + i) for i in period))[:limit]
 
 
-def _all_variants(at_step: Callable[[int], Active], plan: Plan, limit: int) -> list[Active]:
+def _all_variants(caller: Caller, limit: int) -> list[Active]:
     """Return every variant: with symbolic sizes none can be compiled once training runs."""
-    everything = dict.fromkeys(map(at_step, plan.schedule.landmarks(plan.warmup_steps)))
+    landmarks = caller.plan.schedule.landmarks(caller.plan.warmup_steps)
+    everything = dict.fromkeys(map(caller.at_step, landmarks))
     return [EXACT, *[active for active in everything if active][:limit]]

@@ -28,12 +28,16 @@ class Analysis:
         hints: value of each symbolic size in the example inputs.
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
+        remembered: whether it was read from disk.
+        nested: whether nothing was looked at, as the graph has regions that are compiled apart.
     """
 
     sites: tuple[Site, ...]
     hints: dict[str, int] = field(default_factory=dict)
     saved_bytes: int = 0
     variants: dict[str, int] = field(default_factory=dict)
+    nested: bool = False
+    remembered: bool = False
 
     @property
     def layers(self) -> int:
@@ -45,16 +49,43 @@ class _Captured(Exception):
     """Ends the compilation that was started for its joint graph alone."""
 
 
+class UserPasses:
+    """The joint passes that the user configured: ours would take their place, so it calls them."""
+
+    def __init__(self, patches: dict[str, Any]) -> None:
+        """Find the passes.
+
+        Args:
+            patches: Inductor configuration asked for by the user.
+        """
+        name = "joint_custom_pre_pass"
+        given = patches.get(name, getattr(torch._inductor.config, name))
+        several = isinstance(given, (list, tuple))
+        self.passes: list[Any] = list(given) if several else [given] if given else []
+
+    def __call__(self, graph: Graph) -> None:
+        """Run the passes in order."""
+        for user_pass in self.passes:
+            user_pass(graph)
+
+    def uuids(self) -> list[Any] | None:
+        """Return the identities of the passes; None if one of them has none."""
+        uuids = [getattr(user_pass, "uuid", lambda: None)() for user_pass in self.passes]
+        return None if None in uuids else uuids
+
+
 class _SiteRecorder(CustomGraphPass):
     """Writes down the sites of the joint graph."""
 
-    def __init__(self, parameters: frozenset[int], path_of: PathOf) -> None:
+    def __init__(self, users: UserPasses, parameters: frozenset[int], path_of: PathOf) -> None:
+        self.users = users
         self.parameters = parameters
         self.path_of = path_of
         self.sites: tuple[Site, ...] = ()
         self.hints: dict[str, int] = {}
 
     def __call__(self, graph: Graph) -> None:
+        self.users(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
         self.hints = _hints(graph)
 
@@ -69,17 +100,24 @@ class SavedBytes(CustomPartitionerFn):
         count: bytes kept, set once the partitioner has run; None before.
     """
 
-    def __init__(self, parameters: frozenset[int], then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        patches: dict[str, Any],
+        parameters: frozenset[int],
+        then: Callable[[], None] | None = None,
+    ) -> None:
         """Wrap the partitioner that the user configured, or else Inductor's default.
 
         Args:
+            patches: Inductor configuration asked for by the user.
             parameters: positions of the parameters among the example inputs.
             then: called when the number is known.
         """
         self.parameters = parameters
         self.then = then
         self.count: int | None = None
-        self.wrapped = torch._inductor.config.custom_partitioner_fn
+        name = "custom_partitioner_fn"
+        self.wrapped = patches.get(name, getattr(torch._inductor.config, name))
 
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -111,6 +149,7 @@ class SavedBytes(CustomPartitionerFn):
 def analyse(
     gm: GraphModule,
     compile_copy: Callable[[dict[str, Any]], object],
+    patches: dict[str, Any],
     parameters: frozenset[int],
     path_of: PathOf,
 ) -> Analysis | None:
@@ -119,20 +158,19 @@ def analyse(
     Args:
         gm: the graph that Dynamo handed to the backend; not changed.
         compile_copy: compiles a copy of it under the given Inductor configuration.
+        patches: Inductor configuration asked for by the user.
         parameters: positions of the parameters among the example inputs.
         path_of: maps a traced module path to the path that the user knows.
     """
-    if has_nested_regions(gm):
-        return Analysis(())
 
     def stop() -> None:
         raise _Captured
 
-    recorder = _SiteRecorder(parameters, path_of)
-    partitioner = SavedBytes(parameters, then=stop)
-    patches = {"joint_custom_pre_pass": recorder, "custom_partitioner_fn": partitioner}
+    recorder = _SiteRecorder(UserPasses(patches), parameters, path_of)
+    partitioner = SavedBytes(patches, parameters, then=stop)
+    ours = {"joint_custom_pre_pass": recorder, "custom_partitioner_fn": partitioner}
     try:
-        compile_copy(patches)
+        compile_copy({**patches, **ours})
     except _Captured:
         assert partitioner.count is not None
         return Analysis(recorder.sites, recorder.hints, partitioner.count)

@@ -1,16 +1,19 @@
 """Plan a model without training it: no weight, buffer or random state changes, nothing is run."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.pgo import get_code_state
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx import GraphModule
 
 from graphpass.backend import analyse, inductor_patches, make_visible
+from graphpass.callers import first_parameter
 from graphpass.errors import ConfigError
 from graphpass.options import Options
 from graphpass.owner import find_owner
@@ -44,7 +47,7 @@ def plan(
     # Compilations of the user's own model are left alone: only this copy's frames are new.
     compiled = torch.compile(stand_in, backend=planned, dynamic=False)
     fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
-    with mode, torch.enable_grad(), torch.random.fork_rng(devices=()):
+    with mode, torch.enable_grad(), torch.random.fork_rng(devices=()), _sizes_forgotten():
         output = compiled(*fakes)
         if loss is not None:
             torch.compile(loss, backend=planned, dynamic=False)(output)
@@ -56,6 +59,23 @@ def plan(
     return planned.session.plan
 
 
+@contextmanager
+def _sizes_forgotten() -> Iterator[None]:
+    """Keep Dynamo from learning the sizes of the inputs.
+
+    It compares the sizes of every call of a function, whichever copy of a model it belongs to, and
+    compiles with symbolic ones where two differ: planning with another batch size than that of
+    training would make training dynamic.
+    """
+    state = get_code_state()
+    before = copy.deepcopy(dict(state))
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
+
+
 class _Planning:
     """A backend that plans every graph it is handed, and runs it as it is (on fake tensors)."""
 
@@ -64,13 +84,14 @@ class _Planning:
         self.session = Session()
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        owner = find_owner(gm)
-        patches = inductor_patches(self.options)
+        first = first_parameter(inputs)
+        owner = find_owner(gm, None if first is None else inputs[first])
         with make_visible():
+            patches = inductor_patches(self.options)
             _, analysis = analyse(gm, inputs, owner, patches)
             if analysis is not None:
                 offset = self.session.layer_offset(owner.identity, analysis.layers)
-                made = make_plan(analysis.sites, self.options, offset, owner.product_modules())
+                made = make_plan(analysis, self.options, offset, owner.product_modules())
                 self.session.add_plan(owner.identity, made)
         forward: Callable[..., Any] = gm.forward
         return forward

@@ -1,9 +1,9 @@
 """What is remembered on disk about a graph, so that the next process need not trace it."""
 
+import contextlib
 import json
 import logging
-import os
-import tempfile
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from graphpass.site import ConvGeometry, Gradient, Site
 
 log = logging.getLogger(__name__)
 
+# What reading a file that holds something else, or a part of what was written, may raise.
+_CORRUPT = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+
 
 def load(key: str) -> Analysis | None:
     """Return the remembered analysis of the graph with this digest, or None."""
@@ -26,11 +31,15 @@ def load(key: str) -> Analysis | None:
         record = json.loads(path.read_text())
         sites = tuple(_site_from(entry) for entry in record["sites"])
         return Analysis(
-            sites, dict(record["hints"]), int(record["saved_bytes"]), dict(record["variants"])
+            sites,
+            dict(record["hints"]),
+            int(record["saved_bytes"]),
+            dict(record["variants"]),
+            remembered=True,
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _CORRUPT as error:
         log.warning("ignoring the unreadable file %s: %s", path, error)
         return None
 
@@ -45,20 +54,22 @@ def store(key: str, analysis: Analysis) -> None:
 
 
 def forget(key: str) -> None:
-    """Remove what is remembered of a graph."""
-    _path(key).unlink(missing_ok=True)
+    """Remove what is remembered of a graph, where that can be done."""
+    with contextlib.suppress(OSError):
+        _path(key).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all, safe against other processes doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    # Not `tempfile`, whose files only their owner may read: others may share what is kept.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        with os.fdopen(handle, "w") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -84,7 +84,7 @@ class Method:
             ConfigError: if a parameter is unknown or out of range.
         """
         legal = [field.name for field in fields(self.params)]
-        unknown = sorted(set(given) - set(legal))
+        unknown = sorted(set(given) - set(legal), key=repr)
         if unknown:
             raise ConfigError(
                 f"method {self.name!r} has no parameter {', '.join(map(repr, unknown))}: legal are "

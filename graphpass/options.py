@@ -1,5 +1,6 @@
 """What a user may ask for: the same keys for `Options(...)` and `torch.compile(options=...)`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -65,8 +66,7 @@ class Options:
             _check_integer("total_steps", self.total_steps, 1, None)
         if not isinstance(self.strict, bool):
             raise ConfigError(f"strict={self.strict!r}: give True or False")
-        if self.inductor is not None and not isinstance(self.inductor, Mapping):
-            raise ConfigError(f"inductor={self.inductor!r}: give a mapping of Inductor settings")
+        _check_inductor(self.inductor, self.mode)
         if self.plan is not None and not isinstance(self.plan, (Plan, str, Path)):
             raise ConfigError(f"plan={self.plan!r}: give a Plan or the path of a plan file")
         if self.plan is not None and self.methods is not None:
@@ -78,11 +78,13 @@ class Options:
         """Return the options that `torch.compile(mode=..., options=...)` was given.
 
         Raises:
-            ConfigError: if a key is unknown or a value is not legal.
+            ConfigError: if this is no mapping, a key is unknown, or a value is not legal.
         """
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(f"options={given!r}: give a mapping from option to value")
         given = dict(given or {})
         legal = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(legal))
+        unknown = sorted(set(given) - set(legal), key=repr)
         if unknown:
             raise ConfigError(
                 f"unknown option {', '.join(map(repr, unknown))}: legal are {', '.join(legal)} "
@@ -108,8 +110,10 @@ class Options:
         """
         if isinstance(self.schedule, Schedule):
             return self.schedule
-        if self.schedule is None or isinstance(self.schedule, str):
-            return Schedule.named(self.schedule or "always", self.total_steps)
+        if self.schedule is None:
+            return Schedule.named("always")
+        if isinstance(self.schedule, str):
+            return Schedule.named(self.schedule, self.total_steps)
         raise ConfigError(f"schedule={self.schedule!r}: give a Schedule or the name of one")
 
     def resolved_plan(self) -> Plan | None:
@@ -124,17 +128,18 @@ class Options:
 
 
 def _check_budget(budget: object) -> None:
-    if budget == "auto":
+    if isinstance(budget, str) and budget == "auto":
         return
     is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    # `not >=` also refuses NaN.
-    if not is_number or not 0 <= float(budget) < float("inf"):  # type: ignore[arg-type]
+    # `not <=` also refuses NaN; an integer may be larger than every floating-point number.
+    if not is_number or not 0 <= budget <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigError(f'budget={budget!r}: give "auto" or a finite number that is at least 0')
 
 
 def _check_gradients(gradients: object) -> None:
-    is_list = isinstance(gradients, (list, tuple)) and len(gradients) > 0
-    if not is_list or any(name not in GRADIENTS for name in gradients):  # type: ignore[attr-defined]
+    names = list(gradients) if isinstance(gradients, (list, tuple)) else []
+    legal = all(isinstance(name, str) and name in GRADIENTS for name in names)
+    if not names or not legal or len(set(names)) < len(names):
         raise ConfigError(f"gradients={gradients!r}: give one or both of {', '.join(GRADIENTS)}")
 
 
@@ -151,6 +156,17 @@ def _check_methods(methods: object) -> None:
             f"methods={methods!r}: give None, a list of method names, or a mapping from module "
             "pattern to method"
         )
+
+
+def _check_inductor(inductor: object, mode: object) -> None:
+    # Types alone: which settings and modes exist is known where the model is compiled.
+    if inductor is not None and not isinstance(inductor, Mapping):
+        raise ConfigError(f"inductor={inductor!r}: give a mapping of Inductor settings")
+    for key in inductor or ():
+        if not isinstance(key, str):
+            raise ConfigError(f"inductor: {key!r} is no setting; give its name, a string")
+    if mode is not None and not isinstance(mode, str):
+        raise ConfigError(f'mode={mode!r}: give the name of a mode, such as "max-autotune"')
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None) -> None:

@@ -6,7 +6,8 @@ run of the same model.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,18 +123,16 @@ class Plan:
         try:
             record = json.loads(text)
             version = record["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"this is not a plan: {_what(error)}. {_REMEDY}") from error
-        if not isinstance(version, int) or version > PLAN_VERSION:
+        if not _is_integer(version, 1) or version > PLAN_VERSION:
             raise ConfigError(
                 f"the plan has format {version!r}; this version reads up to {PLAN_VERSION}: "
                 "update graphpass, or make the plan again with graphpass.plan"
             )
         try:
-            decisions = tuple(_decision(entry) for entry in record["decisions"])
-            schedule = Schedule(**record["schedule"])
-            return cls(decisions, schedule, int(record["warmup_steps"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return _plan(record)
+        except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
             raise ConfigError(f"the plan is corrupt: {_what(error)}. {_REMEDY}") from error
 
     def save(self, path: str | Path) -> None:
@@ -151,7 +150,7 @@ class Plan:
         """
         try:
             text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the plan {str(path)!r}: {_what(error)}") from error
         try:
             return cls.from_json(text)
@@ -183,19 +182,47 @@ def printable_shape(site: Site) -> tuple[int | str, ...]:
     return tuple(size if isinstance(size, int) else str(size) for size in site.output)
 
 
-def _decision(record: dict[str, Any]) -> Decision:
-    method = record["method"]
-    if method is not None and not isinstance(method, str):
-        raise TypeError(f"method is {method!r}")
+def _plan(record: Mapping[str, Any]) -> Plan:
+    warmup_steps = _value(record, "warmup_steps", lambda steps: _is_integer(steps, 0))
+    decisions = tuple(map(_decision, _value(record, "decisions", _is_list_of(dict))))
+    counts = Counter(decision.site for decision in decisions)
+    if twice := sorted(site for site, count in counts.items() if count > 1):
+        raise ValueError(f"it has {twice[0]!r} more than once")
+    schedule = Schedule(**_value(record, "schedule", _is(dict)))
+    return Plan(decisions, schedule, warmup_steps)
+
+
+def _decision(record: Mapping[str, Any]) -> Decision:
     return Decision(
-        site=str(record["site"]),
-        layer=int(record["layer"]),
-        op=str(record["op"]),
-        output=tuple(record["output"]),
-        method=method,
-        params=dict(record["params"]),
-        reason=str(record["reason"]),
+        site=_value(record, "site", lambda site: isinstance(site, str) and site != ""),
+        layer=_value(record, "layer", lambda layer: _is_integer(layer, 1)),
+        op=_value(record, "op", _is(str)),
+        output=tuple(_value(record, "output", _is_list_of(int, str))),
+        method=_value(record, "method", _is(str, type(None))),
+        params=dict(_value(record, "params", _is(dict))),
+        reason=_value(record, "reason", _is(str)),
     )
+
+
+def _value(record: Mapping[str, Any], key: str, is_legal: Callable[[Any], bool]) -> Any:
+    # The value as it is: one that would have to be converted is refused.
+    value = record[key]
+    if not is_legal(value):
+        raise TypeError(f"{key} is {value!r}")
+    return value
+
+
+def _is(*types: type[object]) -> Callable[[Any], bool]:
+    # No field is a truth value, though every truth value is an integer.
+    return lambda value: isinstance(value, types) and not isinstance(value, bool)
+
+
+def _is_list_of(*types: type[object]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(_is(*types), value))
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def _what(error: Exception) -> str:

@@ -4,11 +4,12 @@ Pure functions: the same sites and options give the same plan.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+from graphpass.capture import Analysis
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.method import Method, get_method
 from graphpass.options import Options
@@ -33,12 +34,12 @@ class _Rule:
 
 
 def make_plan(
-    sites: Sequence[Site], options: Options, offset: int, modules: Collection[str] | None
+    analysis: Analysis, options: Options, offset: int, modules: Collection[str] | None
 ) -> Plan:
     """Return the plan of one graph.
 
     Args:
-        sites: the graph's sites.
+        analysis: what the graph holds.
         options: what the user asked for.
         offset: number of layers in the graphs before this one.
         modules: paths of the model's modules that may hold products; None if not known.
@@ -48,12 +49,12 @@ def make_plan(
             given plan was made for another model.
     """
     schedule = options.resolved_schedule()
-    given = options.resolved_plan()
+    given, sites = options.resolved_plan(), analysis.sites
     if given is not None:
         if options.schedule is None:
             schedule = given.schedule
-        decisions = [_follow(given, site, site.layer + offset, schedule) for site in sites]
-        return Plan(tuple(decisions), schedule, max(options.warmup_steps, given.warmup_steps))
+        followed = [_follow(given, site, options, schedule, offset) for site in sites]
+        return Plan(tuple(followed), schedule, max(options.warmup_steps, given.warmup_steps))
     rules = _rules(options)
     _check_patterns(rules, sites, modules)
     decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
@@ -72,6 +73,17 @@ def replacements(plan: Plan, sites: Sequence[Site]) -> tuple[Replacement, ...]:
         for decision in plan.approximated
         for method in (get_method(decision.method),)
     )
+
+
+def all_exact(plan: Plan, reason: str) -> Plan:
+    """Return a plan with every approximation taken back, for the reason given."""
+    decisions = tuple(
+        decision
+        if decision.method is None
+        else replace(decision, method=None, params={}, reason=reason)
+        for decision in plan.decisions
+    )
+    return replace(plan, decisions=decisions)
 
 
 def _rules(options: Options) -> list[_Rule]:
@@ -123,13 +135,9 @@ def _decide(
 ) -> Decision:
     layer = site.layer + offset
     chosen = _choose(site, options, rules)
-    if isinstance(chosen, _Rule):
-        rejected = _obstacle(site, options, chosen, schedule, layer)
-        if rejected is None:
-            params = asdict(chosen.params)
-            return _decision(site, layer, chosen.method.name, params, "")
-        return _decision(site, layer, None, {}, str(rejected))
-    return _decision(site, layer, None, {}, str(Rejected(chosen)))
+    if isinstance(chosen, Reason):
+        return _exact(site, layer, Rejected(chosen))
+    return _approximated(site, options, chosen, schedule, layer)
 
 
 def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Reason:
@@ -138,6 +146,8 @@ def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Rea
         return Reason.BUDGET_ZERO
     if site.gradient is Gradient.FORWARD:
         return Reason.FORWARD
+    if site.reason is not None:
+        return site.reason
     if not isinstance(options.methods, Mapping):
         return Reason.NO_PLANNER
     covering = [rule for rule in rules if rule.covers(site)]
@@ -147,11 +157,20 @@ def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Rea
     return fitting[-1] if fitting else Reason.NOT_THIS_GRADIENT
 
 
+def _approximated(
+    site: Site, options: Options, rule: _Rule, schedule: Schedule, layer: int
+) -> Decision:
+    """Return the rule's decision, or an exact one where something stands against it."""
+    rejected = _obstacle(site, options, rule, schedule, layer)
+    if rejected is not None:
+        return _exact(site, layer, rejected)
+    name, params = rule.method.name, asdict(rule.params)
+    return Decision(site.id, layer, site.op, printable_shape(site), name, params, "")
+
+
 def _obstacle(
     site: Site, options: Options, rule: _Rule, schedule: Schedule, layer: int
 ) -> Rejected | None:
-    if site.reason is not None:
-        return Rejected(site.reason)
     if site.gradient.value not in options.gradients:
         return Rejected(Reason.NOT_IN_GRADIENTS)
     if not schedule.may_select(layer):
@@ -159,16 +178,33 @@ def _obstacle(
     return rule.method.reject(site, rule.params)
 
 
-def _follow(given: Plan, site: Site, layer: int, schedule: Schedule) -> Decision:
-    """Return the decision of a given plan, made exact where its schedule never selects it."""
+def _follow(given: Plan, site: Site, options: Options, schedule: Schedule, offset: int) -> Decision:
+    """Return the decision of a given plan, checked as if the user had named its method."""
+    layer = site.layer + offset
     decision = given.find(site, layer)
-    if decision.method is not None and not schedule.may_select(layer):
-        rejected = Rejected(Reason.NEVER_SCHEDULED, f"layer {layer} in {schedule.name!r}")
-        return _decision(site, layer, None, {}, str(rejected))
-    return decision
+    if options.budget == 0:
+        return _exact(site, layer, Rejected(Reason.BUDGET_ZERO))
+    if decision.method is None:
+        return decision
+    method = get_method(decision.method)
+    if site.gradient not in method.gradients:
+        legal = " and ".join(gradient.value for gradient in method.gradients)
+        raise ConfigError(
+            f"the plan has {site.id} computed by {method.name!r}, which approximates {legal} "
+            "gradients; correct the plan, or make it again with graphpass.plan"
+        )
+    if site.reason is not None:
+        return _exact(site, layer, Rejected(site.reason))
+    rule = _Rule(site.path, method, method.make_params(dict(decision.params)), method.gradients)
+    rejected = method.reject(site, rule.params)
+    if rejected is not None and rejected.reason is Reason.UNSUPPORTED_SHAPE:
+        raise ConfigError(
+            f"the plan has {site.id} computed by {method.name!r}, which cannot: {rejected}; "
+            "correct the plan, or make it again with graphpass.plan"
+        )
+    return _approximated(site, options, rule, schedule, layer)
 
 
-def _decision(
-    site: Site, layer: int, method: str | None, params: dict[str, Any], reason: str
-) -> Decision:
-    return Decision(site.id, layer, site.op, printable_shape(site), method, params, reason)
+def _exact(site: Site, layer: int, rejected: Rejected) -> Decision:
+    shape = printable_shape(site)
+    return Decision(site.id, layer, site.op, shape, None, {}, str(rejected))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from graphpass.plan import Plan
@@ -25,7 +26,7 @@ def plan_table(plan: Plan) -> str:
     for d in plan.decisions:
         method = method_text(d.method, d.params) if d.method else "exact"
         shape = "x".join(map(str, d.output))
-        table.add_row(str(d.layer), d.site, d.op, shape, method, d.reason)
+        _add_row(table, str(d.layer), d.site, d.op, shape, method, d.reason)
     count = len(plan.approximated)
     head = (
         f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
@@ -44,7 +45,8 @@ def report_table(report: Report) -> str:
     for row in report.rows:
         if row.gradient == "forward":
             continue
-        table.add_row(
+        _add_row(
+            table,
             str(row.layer),
             row.where,
             row.gradient,
@@ -87,6 +89,11 @@ def totals(report: Report) -> list[str]:
         sizes = ", ".join(f"{name} = {value}" for name, value in sorted(report.sizes.items()))
         lines.append(f"dynamic sizes; figures are for {sizes}")
     return lines
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    # A plain string would be read as markup: `blocks[left]` is a legal name of a module.
+    table.add_row(*map(Text, cells))
 
 
 def _text(table: Table) -> str:

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sympy
-
 from cost_model import Cost
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
+from graphpass.errors import Reason
 from graphpass.plan import Plan
 from graphpass.planner import replacements
-from graphpass.variants import Active, RewritePass, VariantLog
+from graphpass.variants import Active, VariantLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,7 @@ class Report:
             variant has not been compiled.
         variants: number of compiled variants.
         sizes: value of each dynamic size that the figures are for.
+        note: why the whole graph is exact; "" otherwise.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +73,7 @@ class Report:
     planned_saved_bytes: int | None
     variants: int
     sizes: Mapping[str, int]
+    note: str = ""
 
     @property
     def approximated(self) -> tuple[Row, ...]:
@@ -100,7 +101,8 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report as a table, with the schedule drawn below it."""
-        return render.report_table(self)
+        text = render.report_table(self)
+        return f"all of the graph is exact: {self.note}\n{text}" if self.note else text
 
 
 @dataclass(slots=True)
@@ -110,23 +112,23 @@ class TrainingGraph:
     Attributes:
         analysis: what the graph holds.
         plan: what was decided.
-        key: identity of the graph in the cache.
-        log: its compiled variants; None where all is exact.
+        key: identity of the graph in the cache; "" if it is another graph's, seen by other names.
+        log: its compiled variants.
     """
 
     analysis: Analysis
     plan: Plan
     key: str
-    log: VariantLog | None = None
+    log: VariantLog
 
     def remember(self) -> None:
         """Write to disk what compiling the variants showed, for processes that need not compile."""
-        if self.log is None:
+        if not self.key:
             return
         counts = {
             key: count
             for active, count in self.log.saved_bytes.items()
-            if (key := self._key_of(active)) is not None
+            if (key := self.log.keys.get(active)) is not None
         }
         known = {**self.analysis.variants, **counts}
         if known != self.analysis.variants:
@@ -137,14 +139,13 @@ class TrainingGraph:
         """Return what is known of the graph now."""
         plan, analysis = self.plan, self.analysis
         planned = {r.site.id: r for r in replacements(plan, analysis.sites)}
-        sizes = {sympy.Symbol(name): value for name, value in analysis.hints.items()}
         rows = []
         for site, decision in zip(analysis.sites, plan.decisions, strict=True):
             exact = site.cost
             chosen = planned.get(site.id)
             approximate = chosen.method.cost(site, chosen.params) if chosen else exact
-            flops, total = _figures(exact, sizes)
-            planned_flops, planned_total = _figures(approximate, sizes)
+            flops, total = _figures(exact, analysis.hints)
+            planned_flops, planned_total = _figures(approximate, analysis.hints)
             rows.append(
                 Row(
                     where=site.name,
@@ -168,31 +169,30 @@ class TrainingGraph:
             picture=picture,
             exact_saved_bytes=analysis.saved_bytes,
             planned_saved_bytes=self._planned_saved_bytes(),
-            variants=len(self.log.compiled) if self.log is not None else 1,
+            variants=len(self.log.compiled),
             sizes=dict(analysis.hints),
+            note=Reason.NESTED_REGION.value if analysis.nested else "",
         )
 
     def _planned_saved_bytes(self) -> int | None:
-        if self.log is None:
+        if not self.plan.approximated:
             return self.analysis.saved_bytes
         largest: Active = max(self.log.compiled, key=len, default=frozenset())
-        if not largest:
-            return None
         counted = self.log.saved_bytes.get(largest)
-        return (
-            self.analysis.variants.get(self._key_of(largest) or "") if counted is None else counted
-        )
-
-    def _key_of(self, active: Active) -> str | None:
-        planned = replacements(self.plan, self.analysis.sites)
-        return RewritePass([planned[i] for i in sorted(active)]).uuid()
+        remembered = self.analysis.variants.get(self.log.keys.get(largest) or "")
+        return remembered if counted is None else counted
 
 
-def record(analysis: Analysis, plan: Plan, key: str) -> TrainingGraph:
+def record(analysis: Analysis, plan: Plan, key: str, log: VariantLog) -> TrainingGraph:
     """Note a training graph for `reports`."""
-    graph = TrainingGraph(analysis, plan, key)
+    graph = TrainingGraph(analysis, plan, key, log)
     _GRAPHS.append(graph)
     return graph
+
+
+def forget(graph: TrainingGraph) -> None:
+    """Leave a training graph out of `reports` again."""
+    _GRAPHS.remove(graph)
 
 
 def reports() -> tuple[Report, ...]:
@@ -203,6 +203,8 @@ def reports() -> tuple[Report, ...]:
 _GRAPHS: list[TrainingGraph] = []
 
 
-def _figures(cost: Cost, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, int]:
-    flops, read, written = cost.evaluate(dict(sizes))
+def _figures(cost: Cost, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return FLOPs and bytes; sizes by name, as traced symbols carry assumptions with them."""
+    symbols = cost.flops.free_symbols | cost.bytes.free_symbols
+    flops, read, written = cost.evaluate({symbol: sizes[str(symbol)] for symbol in symbols})
     return flops, read + written

@@ -7,9 +7,11 @@ Training Through Gradient Approximation", 2019, sections 3 and 3.3: each approxi
 all (layer, step) pairs (`ga-cnn2`: half of the steps of the second layer), and never layer 1.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from graphpass.errors import ConfigError
@@ -52,13 +54,11 @@ class Schedule:
         """Check that the schedule is possible.
 
         Raises:
-            ConfigError: if a number is out of range, or nothing could ever be selected.
+            ConfigError: if a value has the wrong type or is out of range, or nothing could ever be
+                selected.
         """
-        for name, low in (("every_layer", 1), ("first_layer", 1), ("every_step", 1), ("start", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"schedule: {name}={value!r}; give an integer of at least {low}")
-        if not isinstance(self.phase, int) or not 0 <= self.phase < self.every_step:
+        self._check_types()
+        if not _is_integer(self.phase) or not 0 <= self.phase < self.every_step:
             raise ConfigError(
                 f"schedule: phase={self.phase!r}; give an integer from 0 to every_step - 1 = "
                 f"{self.every_step - 1}"
@@ -73,6 +73,18 @@ class Schedule:
                 f"schedule: stop={self.stop} is not after start={self.start}, so no step could be "
                 "selected; leave both out for an approximation on every step"
             )
+
+    def _check_types(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigError(f"schedule: name={self.name!r}; give a string")
+        for name, low in (("every_layer", 1), ("first_layer", 1), ("every_step", 1), ("start", 0)):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < low:
+                raise ConfigError(f"schedule: {name}={value!r}; give an integer of at least {low}")
+        for name in ("last_layer", "stop"):
+            value = getattr(self, name)
+            if value is not None and not _is_integer(value):
+                raise ConfigError(f"schedule: {name}={value!r}; give an integer or None")
         if self.rule is not None and not callable(self.rule):
             raise ConfigError(f"schedule: rule={self.rule!r}; give a function of (layer, step)")
 
@@ -131,9 +143,11 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able record; a function is represented by its name alone."""
-        record = asdict(self)
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.rule is not None:
-            record["rule"] = f"{self.rule.__module__}:{self.rule.__qualname__}"
+            # A callable object, such as a partial, has no name of its own: its type has.
+            named: Any = self.rule if hasattr(self.rule, "__qualname__") else type(self.rule)
+            record["rule"] = f"{getattr(named, '__module__', None)}:{named.__qualname__}"
         return record
 
     @classmethod
@@ -141,11 +155,12 @@ class Schedule:
         """Return the schedule called `name`.
 
         Args:
-            name: a name of `SCHEDULES`, or "exact-tail:F" (the last fraction F of the run exact).
+            name: a name of `SCHEDULES`, or "exact-tail:F" (the last fraction F of the run exact,
+                rounded up to whole steps).
             total_steps: length of the run in steps; needed by "exact-tail:F".
 
         Raises:
-            ConfigError: if the name is unknown, or `total_steps` is missing.
+            ConfigError: if the name is unknown, `total_steps` is missing, or no step is left.
         """
         if name in SCHEDULES:
             return SCHEDULES[name]
@@ -168,18 +183,23 @@ class Schedule:
         return cls(name=f"after {step}", start=step)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _exact_tail(name: str, fraction_text: str, total_steps: int | None) -> Schedule:
     try:
-        fraction = float(fraction_text)
+        # Not a float: 0.07 of 100 steps are 7 steps, and not a rounding error more.
+        fraction = Fraction(fraction_text)
     except ValueError:
-        fraction = -1.0
+        fraction = Fraction(-1)
     if not 0 < fraction < 1:
         raise ConfigError(f"schedule={name!r}: the fraction must lie between 0 and 1, such as 0.1")
     if total_steps is None:
         raise ConfigError(
             f"schedule={name!r} needs the length of the run: add the option total_steps"
         )
-    stop = round(total_steps * (1 - fraction))
+    stop = total_steps - max(1, math.ceil(total_steps * fraction))
     if stop < 1:
         raise ConfigError(f"schedule={name!r}: nothing is left of {total_steps} steps")
     return Schedule(name=name, stop=stop)

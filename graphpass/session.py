@@ -35,11 +35,10 @@ class Session:
         self._step = 0
         self._counts_forwards = True
         self._exact_depth = 0
-        # How often each caller was seen in this step. A caller is a traced frame together with
-        # the parameters it was called with: blocks that share one compiled graph are told apart.
-        self._calls: dict[tuple[int, int], int] = {}
+        # How often each caller (`Owner.identity`) was seen in this step.
+        self._calls: dict[str, int] = {}
         # Callers in the order they first ran; gives each its own draws, the same in every run.
-        self._callers: dict[tuple[int, int], int] = {}
+        self._callers: dict[str, int] = {}
         self._resumed_calls: list[int] = []
         # By `Owner.identity`, in the order of the forward pass.
         self._layers: dict[str, tuple[int, int]] = {}
@@ -112,6 +111,11 @@ class Session:
         try:
             version, step = state["version"], state["step"]
             counts, calls = state["counts_forwards"], list(state["calls"])
+            well_formed = isinstance(state["calls"], list) and all(
+                isinstance(count, int) and count >= 0 for count in calls
+            )
+            if not well_formed:
+                raise TypeError(f"calls is {state['calls']!r}")
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"this is no state of a graphpass session ({type(error).__name__}: {error}); "
@@ -128,11 +132,11 @@ class Session:
         for caller, count in zip(self._callers, calls, strict=False):
             self._calls[caller] = count
 
-    def begin(self, caller: tuple[int, int], seed: int) -> Turn:
+    def begin(self, caller: str, seed: int) -> Turn:
         """Count one training call of a graph.
 
         Args:
-            caller: number of the traced frame, and identity of the first parameter it gets.
+            caller: `Owner.identity` of the part of the model that runs.
             seed: the user's seed.
         """
         if caller not in self._callers:

@@ -30,6 +30,9 @@ from graphpass import joint_graph
 from graphpass.errors import Reason
 from graphpass.joint_graph import aten
 
+# Where a product belongs to no module of the model.
+_MODEL = "(model)"
+
 
 class Gradient(StrEnum):
     """Which product of a layer a site is."""
@@ -56,7 +59,7 @@ class Site:
     """One convolution or matrix product that may be approximated.
 
     Attributes:
-        name: module path a user knows, with `#n` for the n-th use; unique with `gradient`.
+        name: module path a user knows, with `#n` for the n-th product of this module.
         path: module path alone, such as "layer2.0.conv1"; "" for the model itself.
         gradient: which product of the layer this is.
         op: "convolution", "mm", "addmm", "bmm", "baddbmm" or "attention".
@@ -70,6 +73,7 @@ class Site:
         itemsize: bytes of one element.
         conv: geometry of a convolution.
         reason: why no method can apply, where that is known from the graph alone.
+        number: tells apart the gradients of both factors, where neither is a weight; from 1.
     """
 
     name: str
@@ -85,11 +89,13 @@ class Site:
     itemsize: int
     conv: ConvGeometry | None = None
     reason: Reason | None = None
+    number: int = 1
 
     @property
     def id(self) -> str:
-        """The name a plan uses: module path and gradient."""
-        return f"{self.name}:{self.gradient.value}"
+        """The name a plan uses: module path and gradient; unique in a graph."""
+        number = f".{self.number}" if self.number > 1 else ""
+        return f"{self.name}:{self.gradient.value}{number}"
 
     @property
     def cost(self) -> Cost:
@@ -106,8 +112,13 @@ def find_sites(graph: Graph, parameters: Collection[int], prefix: "PathOf") -> t
         prefix: maps a traced module path to the path that the user knows.
     """
     finder = _Finder(graph, parameters, prefix)
-    sites = [site for node in graph.nodes for site in finder.sites_at(node)]
-    return _numbered(sites)
+    seen: Counter[str] = Counter()
+    sites = []
+    for node in graph.nodes:
+        for site in finder.sites_at(node):
+            seen[site.id] += 1
+            sites.append(replace(site, number=seen[site.id]))
+    return tuple(sites)
 
 
 PathOf = Callable[[str], str]
@@ -121,12 +132,21 @@ class _Finder:
         self.prefix = prefix
         self.forward: dict[int, Node] = {}
         self.layers: dict[str, int] = {}
+        products: dict[str, list[str]] = {}
         for node in graph.nodes:
             if node.target in _OPS and not joint_graph.is_backward(node):
                 self.forward.setdefault(node.meta.get("seq_nr", -1), node)
                 has_weight = any(operand not in self.dependent for operand in _factors(node))
                 count = max(self.layers.values(), default=0)
                 self.layers[node.name] = count + 1 if has_weight else max(count, 1)
+                path = prefix(joint_graph.module_path(node))
+                products.setdefault(path, []).append(node.name)
+        # The products of one use of a module share a name: that of the forward product.
+        self.names = {
+            node: f"{path or _MODEL}#{number}" if len(nodes) > 1 else path or _MODEL
+            for path, nodes in products.items()
+            for number, node in enumerate(nodes, start=1)
+        }
 
     def sites_at(self, node: Node) -> list[Site]:
         """Return the sites that `node` computes: none, one or two."""
@@ -176,7 +196,7 @@ class _Finder:
         value = joint_graph.value_of(_factors(node)[0])
         shapes, output, conv = _shapes(node, op, result)
         return Site(
-            name=path or "(model)",
+            name=self.names.get(forward.name, path or _MODEL),
             path=path,
             gradient=gradient,
             op=op,
@@ -190,26 +210,6 @@ class _Finder:
             conv=conv,
             reason=reason if value.dtype.is_floating_point else Reason.UNSUPPORTED_DTYPE,
         )
-
-
-def _numbered(sites: list[Site]) -> tuple[Site, ...]:
-    """Tell apart the uses of a module that is called more than once, in forward order.
-
-    Backward products come in the reverse order of the forward ones, so theirs count down: use 2
-    of a layer names the same call in all three products.
-    """
-    total = Counter(site.id for site in sites)
-    seen: Counter[str] = Counter()
-    named = []
-    for site in sites:
-        seen[site.id] += 1
-        if total[site.id] > 1:
-            forward = site.gradient is Gradient.FORWARD
-            number = seen[site.id] if forward else total[site.id] - seen[site.id] + 1
-            named.append(replace(site, name=f"{site.name}#{number}"))
-        else:
-            named.append(site)
-    return tuple(named)
 
 
 def _factors(node: Node) -> list[Node]:

@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from graphpass import fingerprint
-from graphpass.capture import SavedBytes
+from graphpass.capture import SavedBytes, UserPasses
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder
 
 log = logging.getLogger(__name__)
@@ -34,17 +34,14 @@ EXACT: Active = frozenset()
 class RewritePass(CustomGraphPass):
     """Rewrites the joint graph of one variant; its identity enters Inductor's cache keys."""
 
-    def __init__(self, replacements: Sequence[Replacement]) -> None:
-        """Hold what is to be replaced, and whatever pass the user configured globally."""
+    def __init__(self, replacements: Sequence[Replacement], users: UserPasses) -> None:
+        """Hold what is to be replaced, and the user's own passes."""
         self.replacements = tuple(replacements)
-        configured = torch._inductor.config.joint_custom_pre_pass
-        several = isinstance(configured, (list, tuple))
-        self.users: list[Any] = list(configured) if several else [configured] if configured else []  # type: ignore[arg-type]
+        self.users = users
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite `graph` after the user's own passes."""
-        for users in self.users:
-            users(graph)
+        self.users(graph)
         if any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder")):
             rewrite(graph, self.replacements, seed_placeholder(graph))
 
@@ -54,8 +51,8 @@ class RewritePass(CustomGraphPass):
             (r.site.id, r.site.node, r.site.result, r.method.name, asdict(r.params))
             for r in self.replacements
         ]
-        users = [getattr(users, "uuid", lambda: None)() for users in self.users]
-        if None in users:
+        users = self.users.uuids()
+        if users is None:
             return None
         text = json.dumps([records, [repr(user) for user in users]], default=str)
         return hashlib.sha256((fingerprint.source_digest() + text).encode()).hexdigest()
@@ -67,10 +64,12 @@ class VariantLog:
 
     Attributes:
         compiled: variants in the order they were compiled.
+        keys: identity of each, the same in every process; None where it has none.
         saved_bytes: bytes each keeps for backward, where its compilation showed it.
     """
 
     compiled: list[Active] = field(default_factory=list)
+    keys: dict[Active, str | None] = field(default_factory=dict)
     saved_bytes: dict[Active, int] = field(default_factory=dict)
 
 
@@ -82,7 +81,6 @@ class Variants:
         gm: GraphModule,
         patches: dict[str, Any],
         parameters: frozenset[int],
-        replacements: Sequence[Replacement] = (),
     ) -> None:
         """Hold a private copy of the graph; compile nothing yet.
 
@@ -90,15 +88,32 @@ class Variants:
             gm: the graph that Dynamo handed to the backend; copied.
             patches: Inductor configuration asked for by the user.
             parameters: positions of the parameters among the example inputs.
-            replacements: every planned site; a variant is a set of positions in this list.
         """
         self.gm = copy_of(gm)
         self.patches = patches
         self.parameters = parameters
-        self.replacements = tuple(replacements)
+        # Every planned site of every caller; a variant is a set of positions in this list.
+        self.replacements: list[Replacement] = []
         self.context = TracingContext.try_get()
         self.compiled: dict[Active, Compiled] = {}
         self.log = VariantLog()
+
+    def adopt_exact(self, compiled: Any) -> None:
+        """Take a compiled graph for the exact variant."""
+        self.compiled[EXACT] = compiled
+        self.log.compiled.append(EXACT)
+
+    def position(self, replacement: Replacement) -> int:
+        """Return the number of a replacement of this graph, added where it is new."""
+        for number, other in enumerate(self.replacements):
+            same = (other.site.node, other.site.result) == (
+                replacement.site.node,
+                replacement.site.result,
+            )
+            if same and (other.method, other.params) == (replacement.method, replacement.params):
+                return number
+        self.replacements.append(replacement)
+        return len(self.replacements) - 1
 
     def compile(self, active: Active, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
         """Return the compiled variant that approximates the sites `active`.
@@ -112,13 +127,15 @@ class Variants:
             return self.compiled[active]
         gm = copy_of(self.gm)
         patches = dict(self.patches)
-        partitioner = SavedBytes(self.parameters)
+        partitioner = SavedBytes(patches, self.parameters)
         if active:
             inputs = [*inputs, seed]
             _add_seed_input(gm, seed)
             chosen = [self.replacements[i] for i in sorted(active)]
+            rewriting = RewritePass(chosen, UserPasses(patches))
+            self.log.keys[active] = rewriting.uuid()
             patches |= {
-                "joint_custom_pre_pass": RewritePass(chosen),
+                "joint_custom_pre_pass": rewriting,
                 "custom_partitioner_fn": partitioner,
             }
         self.compiled[active] = self.compile_raw(gm, inputs, patches)
@@ -161,6 +178,7 @@ class Dispatcher:
         self,
         variants: Variants,
         choose: Callable[[Sequence[Any]], tuple[Active, int]],
+        compiled: Callable[[], None],
         device: torch.device,
         limit: int,
         frozen: bool,
@@ -171,6 +189,7 @@ class Dispatcher:
         Args:
             variants: the variants, some of them compiled.
             choose: returns the sites to approximate in a call, and the seed of its draws.
+            compiled: called after a variant was compiled.
             device: where the seed input lives.
             limit: most variants that may be compiled.
             frozen: whether no variant may be compiled any more (sizes are symbolic: guards that a
@@ -179,9 +198,10 @@ class Dispatcher:
         """
         self.variants = variants
         self._choose = choose
+        self._compiled = compiled
         self._device = device
         self._limit = limit
-        self._frozen = frozen
+        self.frozen = frozen
         self._strict = strict
         self._refused: set[Active] = set()
         context = variants.context
@@ -213,7 +233,9 @@ class Dispatcher:
         if active in self._refused or not self._may_compile(active):
             return self._get(EXACT, args)
         try:
-            return self.variants.compile(active, args, self.seed_tensor(0))
+            compiled = self.variants.compile(active, self._static(args), self.seed_tensor(0))
+            self._compiled()
+            return compiled
         except Exception as error:
             if self._strict or not active:
                 raise
@@ -221,14 +243,26 @@ class Dispatcher:
             warn_once(f"a variant could not be compiled and runs exactly instead: {error}")
             return self._get(EXACT, args)
 
+    def _static(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return stand-ins for the inputs whose sizes are constants.
+
+        A compilation at run time has nothing to tell it so, and would take every size of the
+        inputs for one that may change.
+        """
+        context = self.variants.context
+        if self.frozen or context is None or context.fake_mode is None:
+            return args
+        fake = context.fake_mode.from_tensor
+        return [fake(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
+
     def _may_compile(self, active: Active) -> bool:
         if not active:
             return True
         approximate = sum(1 for other in self.variants.compiled if other)
-        if not self._frozen and approximate < self._limit:
+        if not self.frozen and approximate < self._limit:
             return True
         self._refused.add(active)
-        why = "sizes are dynamic" if self._frozen else f"there are {approximate} already"
+        why = "sizes are dynamic" if self.frozen else f"there are {approximate} already"
         warn_once(
             f"the schedule asks for one more combination of approximated layers, but {why}: those "
             "steps are exact. Use a schedule with fewer combinations, or raise max_variants"
@@ -256,7 +290,9 @@ def copy_of(gm: GraphModule) -> GraphModule:
     loses it.
     """
     new = copy.deepcopy(gm)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+    # The reason for a graph break is part of Inductor's cache keys; the sources say which inputs
+    # never move.
+    for name in ("compile_subgraph_reason", "_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(gm, name):
             setattr(new, name, getattr(gm, name))
     pairs = zip(

@@ -6,6 +6,7 @@ std * z. Biased: its expectation is 0, so the squared relative bias is 1; its va
 std^2 times the number of weights. The layer's input and output gradient are not read.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,11 @@ class Params:
         Raises:
             ConfigError: if `std` is not a positive finite number.
         """
-        if self.std is not None and not (
-            isinstance(self.std, (int, float)) and 0 < self.std < float("inf")
-        ):
+        if self.std is None:
+            return
+        is_number = isinstance(self.std, (int, float)) and not isinstance(self.std, bool)
+        # Also refuses NaN, and integers larger than every floating-point number.
+        if not is_number or not 0 < self.std <= sys.float_info.max:
             raise ConfigError(f"method 'random': std={self.std!r}; give a positive number or None")
 
 

@@ -15,6 +15,7 @@ input is read in backward at places known only then, so all of it is kept for ba
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,9 @@ class Params:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"method 'topk': {name}={value!r}; give an integer >= 1")
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+        is_number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        # Also refuses NaN, and integers larger than every floating-point number.
+        if not is_number or not abs(self.scale) <= sys.float_info.max:
             raise ConfigError(f"method 'topk': scale={self.scale!r}; give a finite number")
 
 

@@ -99,7 +99,7 @@ def test_after_is_exact_before_its_step() -> None:
     [
         ("exact-tail:0.1", 100, 90),
         ("exact-tail:0.25", 8, 6),
-        ("exact-tail:.5", 7, 4),
+        ("exact-tail:.5", 7, 3),
         ("exact-tail:0.999", 1000, 1),
     ],
 )
@@ -110,7 +110,6 @@ def test_exact_tail(name: str, total_steps: int, first_exact: int) -> None:
     assert schedule.name == name
 
 
-@pytest.mark.xfail(strict=True, reason="the fraction is rounded to no step at all in a short run")
 def test_an_exact_tail_is_never_empty() -> None:
     assert not Schedule.named("exact-tail:0.01", 10).selects(1, 9)
 
@@ -254,7 +253,6 @@ def test_impossible_schedules(fields: dict[str, object], message: str) -> None:
         ({"name": 5}, "name=5"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="types of stop, last_layer, phase and name are not checked")
 def test_wrong_types(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Schedule(**fields)  # type: ignore[arg-type]
