@@ -110,6 +110,10 @@ def inductor_patches(options: Options) -> dict[str, Any]:
             f"inductor: there is no setting {', '.join(map(repr, unknown))}; "
             "torch._inductor.list_options() names them all"
         )
+    for key, value in settings.items():
+        kind = config.get_type(key.replace("-", "_"))  # type: ignore[attr-defined]
+        if isinstance(kind, type) and not isinstance(value, kind):
+            raise ConfigError(f"inductor: {key}={value!r}; give a value of type {kind.__name__}")
     return {**(list_mode_options(options.mode) if options.mode else {}), **settings}
 
 
@@ -170,7 +174,8 @@ def analyse(
     identity = (
         sorted(parameters),
         sorted(owner.prefixes.items()),
-        sorted(map(repr, patches.items())),
+        # Passes go by their own identity: their `repr` holds an address.
+        sorted(repr(item) for item in patches.items() if not hasattr(item[1], "uuid")),
         capture.UserPasses(patches).uuids(),
     )
     key = fingerprint.graph_digest(gm, identity)

@@ -29,12 +29,14 @@ class Caller:
 
     Attributes:
         owner: the model, and which part of it.
+        identity: tells this part of the model from its other parts, in the session.
         session: the model's session.
         plan: what is planned for this part.
         layers: number of the layer of each planned site, by its position among the replacements.
     """
 
     owner: Owner
+    identity: str
     session: Session
     plan: Plan
     layers: dict[int, int]
@@ -102,7 +104,7 @@ class Callers:
         """Note that everything runs exactly after all, and why."""
         for graph in self._graphs:
             graph.plan = all_exact(graph.plan, reason)
-        self.first.session.add_plan(self.first.owner.identity, all_exact(self.first.plan, reason))
+        self.first.session.add_plan(self.first.identity, all_exact(self.first.plan, reason))
 
     def withdraw(self) -> None:
         """Take the reports back: the graph is compiled in another way."""
@@ -113,7 +115,7 @@ class Callers:
         caller = self._caller(args)
         if not caller.training():
             return EXACT, 0
-        turn = caller.session.begin(caller.owner.identity, self._options.seed)
+        turn = caller.session.begin(caller.identity, self._options.seed)
         return (EXACT if caller.session.is_exact else caller.at_step(turn.step)), turn.seed
 
     def _caller(self, args: Sequence[Any]) -> Caller:
@@ -135,14 +137,15 @@ class Callers:
         base = self.first.owner
         model = compiled_model() or base.the_model()
         path = parameter_path(model, parameter)
-        if model is None or not path:
+        if model is None or not path or not base.parameter:
             return self.first
         owner = replace(base, model=weakref.ref(model), parameter=path)
         return self._plan_for(owner, _moved(self._analysis, base.parameter, path))
 
     def _plan_for(self, owner: Owner, analysis: Analysis) -> Caller:
         session = session_of(owner.the_model())
-        offset = session.layer_offset(owner.identity, analysis.layers)
+        identity = owner.identity(analysis.sites)
+        offset = session.layer_offset(identity, analysis.layers)
         plan = make_plan(analysis, self._options, offset, owner.product_modules())
         planned = replacements(plan, analysis.sites)
         layers = {
@@ -150,12 +153,12 @@ class Callers:
             self._variants.position(replacement): decision.layer
             for replacement, decision in zip(planned, plan.approximated, strict=True)
         }
-        session.add_plan(owner.identity, plan)
+        session.add_plan(identity, plan)
         own = analysis is self._analysis
         if not own or not self._graphs:
             graph = record(analysis, plan, self._key if own else "", self._variants.log)
             self._graphs.append(graph)
-        return Caller(owner, session, plan, layers)
+        return Caller(owner, identity, session, plan, layers)
 
 
 def first_parameter(inputs: Sequence[Any]) -> int | None:

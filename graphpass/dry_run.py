@@ -90,8 +90,9 @@ class _Planning:
             patches = inductor_patches(self.options)
             _, analysis = analyse(gm, inputs, owner, patches)
             if analysis is not None:
-                offset = self.session.layer_offset(owner.identity, analysis.layers)
+                identity = owner.identity(analysis.sites)
+                offset = self.session.layer_offset(identity, analysis.layers)
                 made = make_plan(analysis, self.options, offset, owner.product_modules())
-                self.session.add_plan(owner.identity, made)
+                self.session.add_plan(identity, made)
         forward: Callable[..., Any] = gm.forward
         return forward

@@ -6,7 +6,7 @@ module that is being called, and the variables of the frame that is being traced
 
 import sys
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import FrameType
@@ -20,6 +20,7 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from graphpass import joint_graph
+from graphpass.site import Site
 
 # Looking at a frame's variables keeps what they hold until the frame ends, and the frame of a
 # training loop holds a batch: only frames of these files of torch are looked at.
@@ -43,14 +44,13 @@ class Owner:
     prefixes: Mapping[str, str]
     parameter: str
 
-    @property
-    def identity(self) -> str:
-        """What recompilations of the same code on the same modules share.
+    def identity(self, sites: Sequence[Site]) -> str:
+        """Return what recompilations of the same code on the same modules share.
 
         Blocks of one class run the same code, and pieces of a graph that was split have one
-        frame; they are told apart by their parameters.
+        frame; they are told apart by their products.
         """
-        return f"{self.frame} {self.parameter or sorted(self.prefixes.items())}"
+        return f"{self.frame} {sites[0].id if sites else self.parameter}"
 
     def path_of(self, traced: str) -> str:
         """Return the path that the user knows for a module path as Dynamo traced it."""

@@ -179,7 +179,11 @@ def _obstacle(
 
 
 def _follow(given: Plan, site: Site, options: Options, schedule: Schedule, offset: int) -> Decision:
-    """Return the decision of a given plan, checked as if the user had named its method."""
+    """Return the decision of a given plan, checked as if the user had named its method.
+
+    Raises:
+        ConfigError: if the plan's method cannot compute the site.
+    """
     layer = site.layer + offset
     decision = given.find(site, layer)
     if options.budget == 0:

@@ -187,7 +187,11 @@ def _approximate(
     def lowered(seed: Tensor, *args: Any) -> Tensor:
         template = torch.empty((), dtype=dtype, device=device).expand(args[:rank])
         result: Tensor = method.lower(site, params, template, seed, salt, *args[rank:])
-        assert result.shape == template.shape and result.dtype == dtype, method.name
+        if result.shape != template.shape or result.dtype != dtype:
+            raise RewriteError(
+                f"the method returned {result.dtype} {list(result.shape)} instead of {dtype} "
+                f"{list(template.shape)}"
+            )
         return result
 
     names = method.operands(site, params)

@@ -108,19 +108,14 @@ class Session:
         Raises:
             ConfigError: if `state` is not what `state_dict` returned.
         """
-        try:
-            version, step = state["version"], state["step"]
-            counts, calls = state["counts_forwards"], list(state["calls"])
-            well_formed = isinstance(state["calls"], list) and all(
-                isinstance(count, int) and count >= 0 for count in calls
-            )
-            if not well_formed:
-                raise TypeError(f"calls is {state['calls']!r}")
-        except (KeyError, TypeError) as error:
+        expected = {"version", "step", "counts_forwards", "calls"}
+        if not isinstance(state, dict) or not expected <= set(state) or not _counts(state["calls"]):
             raise ConfigError(
-                f"this is no state of a graphpass session ({type(error).__name__}: {error}); "
-                "give what Session.state_dict() returned"
-            ) from error
+                f"this is no state of a graphpass session: {state!r}; give what "
+                "Session.state_dict() returned"
+            )
+        version, step = state["version"], state["step"]
+        counts, calls = state["counts_forwards"], list(state["calls"])
         if version != _STATE_VERSION or not isinstance(step, int) or step < 0:
             raise ConfigError(
                 f"a session state of version {version!r} at step {step!r} cannot be loaded; this "
@@ -136,7 +131,7 @@ class Session:
         """Count one training call of a graph.
 
         Args:
-            caller: `Owner.identity` of the part of the model that runs.
+            caller: `Caller.identity` of the part of the model that runs.
             seed: the user's seed.
         """
         if caller not in self._callers:
@@ -165,6 +160,10 @@ class Session:
     def add_plan(self, owner: str, plan: Plan) -> None:
         """Note the plan of a graph; a recompilation of the same code replaces it."""
         self._plans[owner] = plan
+
+
+def _counts(calls: object) -> bool:
+    return isinstance(calls, list) and all(isinstance(n, int) and n >= 0 for n in calls)
 
 
 _SESSIONS: "weakref.WeakKeyDictionary[nn.Module, Session]" = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ STANDARD_ERRORS = 5
 # Chance that an empirical distribution of true draws is out of its bound.
 RISK = 1e-6
 BITS = 31
-RESOLUTION = 2.0**-24
+RESOLUTION = 2.0**-23
 
 SEEDS = (0, 1, 2, 3, 4, 1 << 15, 1 << 30, (1 << 31) - 1, 0x2545F491)
 SALTS = (0, 1, 2, 3, 64, 0x3FFFFFFF)
@@ -135,7 +135,7 @@ def test_salts_and_seeds_tell_draws_apart() -> None:
 
 def test_the_interval_is_open_below() -> None:
     values = draw_uniform(0, 0, 1 << 22)
-    assert values.min() >= RESOLUTION / 2 and values.max() <= 1
+    assert values.min() >= RESOLUTION / 2 and values.max() <= 1 - RESOLUTION / 2
     # Among so many, values next to the ends are there.
     assert values.min() < 2.0**-18 and values.max() > 1 - 2.0**-18
 

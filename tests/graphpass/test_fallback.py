@@ -129,9 +129,6 @@ def test_an_internal_failure_raises_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("bug", ["rewrite"], indirect=True)
-@pytest.mark.xfail(
-    raises=(AssertionError, ValueError), strict=True, reason="the plan is noted before it is tried"
-)
 def test_the_report_of_a_failed_plan_says_that_all_is_exact(bug: str) -> None:
     del bug
     with pytest.warns(UserWarning, match="a bug of ours"):
@@ -217,9 +214,6 @@ def test_nested_regions_train_as_inductor_trains_them(make: type[nn.Module]) -> 
 
 @FUNCTION_WARNING
 @pytest.mark.parametrize("make", [Branching, WithFunction])
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="a graph with nested regions has a report of 0 rows"
-)
 def test_the_report_says_why_nested_regions_are_exact(make: type[nn.Module]) -> None:
     train("approx", ZERO, make)
     assert "control flow or nested regions" in "".join(map(str, graphpass.reports()))
@@ -307,11 +301,6 @@ def loss_with_criterion(model: nn.Module, criterion: nn.Module, x: Tensor) -> Te
     return loss
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="a second module, such as the loss, leaves the function without a model",
-)
 def test_a_function_that_is_given_a_model_and_a_loss() -> None:
     model = Net()
     step = compiled(loss_with_criterion, {"methods": {"*body": "zero"}})

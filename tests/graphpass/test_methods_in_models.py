@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import graphpass
 from tests.graphpass.nets import NETS, Batch, ConvOnly, Net
@@ -203,6 +204,21 @@ def test_zero_in_a_model_that_was_evaluated_first() -> None:
     model.train()
     backward(model, net.batch(BATCH))
     assert not gradients(model)["conv2.weight"].any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_zero_below_a_checkpoint(reentrant: bool) -> None:
+    """The plan applies where the forward pass that counts is the one that backward repeats."""
+    net = NETS["conv_only"]
+    model, reference = build_twice(net)
+    (x,) = net.batch(BATCH)
+    backward(reference, (x.double(),))
+    bound = rounding(model, (x,))
+    compiled = compile_with(model, methods={"conv2": "zero"})
+    y = checkpoint(compiled, x.requires_grad_(), use_reentrant=reentrant)
+    y.square().mean().backward()
+    assert_gradients(gradients(compiled), zeroed(gradients(reference), "conv2.weight"), bound)
+    assert graphpass.session(compiled).step == 1
 
 
 # Random.

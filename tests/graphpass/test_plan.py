@@ -501,7 +501,6 @@ def test_a_plan_with_an_illegal_parameter_is_refused() -> None:
         ("0:forward", {"method": "zero", "params": {}, "reason": ""}),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="an edited plan is not checked against its methods")
 def test_a_plan_with_a_method_that_does_not_fit_its_site_is_refused(
     site: str, fields: dict[str, Any]
 ) -> None:
@@ -510,7 +509,6 @@ def test_a_plan_with_a_method_that_does_not_fit_its_site_is_refused(
         use(plan)
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="the refused graph stays in the list")
 def test_reports_survive_a_refused_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphpass.report._GRAPHS", [])
     plan = renamed(plan_of_small_net(), "0:weight", method="topkk")
@@ -532,6 +530,5 @@ def test_a_corrupt_file_is_the_users_mistake(tmp_path: Path) -> None:
         compiled(small_net(), plan=os.fspath(path))(torch.randn(5, 3, 6, 6))
 
 
-@pytest.mark.xfail(strict=True, reason="the plan is followed whatever the budget")
 def test_budget_0_is_exact_whatever_the_plan() -> None:
     assert not plan_of_small_net(plan=plan_of_small_net(), budget=0).approximated

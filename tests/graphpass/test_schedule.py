@@ -100,6 +100,9 @@ def test_after_is_exact_before_its_step() -> None:
         ("exact-tail:0.1", 100, 90),
         ("exact-tail:0.25", 8, 6),
         ("exact-tail:.5", 7, 3),
+        # 100 * 0.07 is a little more than 7 in floating-point numbers.
+        ("exact-tail:0.07", 100, 93),
+        ("exact-tail:0.0001", 2, 1),
         ("exact-tail:0.999", 1000, 1),
     ],
 )
@@ -272,6 +275,7 @@ def test_wrong_types(fields: dict[str, object], message: str) -> None:
         ("exact-tail:1.2.3", 10, "must lie between 0 and 1"),
         ("exact-tail:.", 10, "must lie between 0 and 1"),
         ("exact-tail:0.1", None, "needs the length of the run: add the option total_steps"),
+        ("exact-tail:0.0001", 1, "nothing is left of 1 steps"),
         ("exact-tail:0.9", 4, "nothing is left of 4 steps"),
     ],
 )

@@ -171,7 +171,8 @@ def test_blocks_that_share_a_compiled_graph_make_one_step_and_draw_apart() -> No
         grads = [grad_of(parameter) for parameter in model.parameters() if parameter.dim() > 1]
         pairs = [(a, b) for i, a in enumerate(grads) for b in grads[:i]]
         assert not any(torch.equal(a, b) for a, b in pairs)
-    assert len(graphpass.reports()) == 1
+    # Each block has a report under its own names.
+    assert len(graphpass.reports()) == 4
 
 
 def test_forwards_that_train_nothing_are_no_steps() -> None:
@@ -330,11 +331,6 @@ def test_only_a_module_has_a_session(given: Any) -> None:
         graphpass.session(given)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="nothing counts the forwards of a graph that is all exact",
-)
 def test_steps_are_counted_where_the_plan_is_empty() -> None:
     model = Net()
     call = compiled(model, {"budget": 0})
@@ -349,7 +345,7 @@ STATE = {"version": 1, "step": 3, "counts_forwards": True, "calls": []}
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, r"no state of a graphpass session \(KeyError: 'version'\); give what"),
+        ({}, "no state of a graphpass session: {}; give what"),
         (None, "no state of a graphpass session"),
         ([1, 2], "no state of a graphpass session"),
         ({**STATE, "calls": None}, "no state of a graphpass session"),
@@ -365,9 +361,6 @@ def test_a_bad_state_is_refused(state: Any, message: str) -> None:
     assert session.step == 0
 
 
-@pytest.mark.xfail(
-    raises=pytest.fail.Exception, strict=True, reason="the entries of `calls` are not looked at"
-)
 @pytest.mark.parametrize("calls", [["1"], [None], [-1], "12"])
 def test_a_bad_count_of_calls_is_refused(calls: Any) -> None:
     session = graphpass.session(Net())

@@ -171,12 +171,11 @@ def test_products_of_activations(
 ) -> None:
     """Both gradients are passed on to what came before."""
     found = products(Scaled(function), *(normal(*shape) for shape in shapes))
-    assert [(gradient, op, layer) for _, gradient, op, layer in found] == [
-        ("forward", forward, 1),
-        ("input", backward, 1),
-        ("input", backward, 1),
+    assert found == [
+        ("(model)", "forward", forward, 1),
+        ("(model)", "input", backward, 1),
+        ("(model)", "input", backward, 1),
     ]
-    assert all(where.startswith("(model)") for where, *_ in found)
 
 
 @pytest.mark.parametrize(
@@ -199,24 +198,6 @@ def test_weight_on_either_side(
     assert products(model, normal(*x)) == layer("(model)", 1, op)
 
 
-def test_lstm_cell() -> None:
-    """Two linear layers a step; the first hidden state is constant, so nothing is passed to it."""
-    net = NETS["lstm"]
-    found = products(net.build(), *net.batch(BATCH))
-    layers = [(gradient, op, layer) for _, gradient, op, layer in found]
-    assert sorted(layers) == sorted(
-        [("forward", "addmm", number) for number in (1, 3, 5, 7)]
-        + [("forward", "mm", number) for number in (2, 4, 6)]
-        + [("weight", "mm", number) for number in range(1, 8)]
-        + [("input", "mm", number) for number in (4, 6, 7)]
-    )
-    assert {where.split("#")[0] for where, *_ in found} == {
-        "cell.from_input",
-        "cell.from_hidden",
-        "fc",
-    }
-
-
 def test_fused_attention() -> None:
     """One operation that no method can take apart; a method that asks for it is told so."""
     net = NETS["transformer"]
@@ -231,9 +212,6 @@ def test_fused_attention() -> None:
     assert all(row.method == "exact" for row in rows)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="what the planner lacks is said before what is fused"
-)
 def test_fused_attention_says_so_unasked() -> None:
     net = NETS["transformer"]
     rows = report_of(net.build(), *net.batch(BATCH))
@@ -245,8 +223,12 @@ def test_attention_that_is_not_fused() -> None:
     """With dropout it is two products forward, and two backward for each of them."""
     net = NETS["transformer_dropout"]
     found = products(net.build(), *net.batch(BATCH))
-    attention = [(gradient, op) for where, gradient, op, _ in found if "attention#" in where]
-    assert sorted(attention) == [("forward", "bmm")] * 2 + [("input", "bmm")] * 4
+    # Scores and values; both follow the one layer with a weight that is there so far.
+    assert [product for product in found if product[2] == "bmm"] == sorted(
+        (f"layers.0.attention#{use}", gradient, "bmm", 1)
+        for use in (1, 2)
+        for gradient in ("forward", "input", "input")
+    )
 
 
 # Paths, numbers of layers, numbers of uses.
@@ -325,9 +307,6 @@ def test_graph_break() -> None:
     ]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="blocks of a class share what is compiled for one"
-)
 def test_blocks_of_a_class_have_their_own_decisions() -> None:
     """Two blocks, both broken: Dynamo traces the second one's code no more than once."""
 
@@ -358,40 +337,35 @@ def test_module_called_twice() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(lambda: (NETS["tied"].build(), NETS["tied"].batch(BATCH)), id="tied"),
-        pytest.param(
-            lambda: (NETS["lstm"].build(), NETS["lstm"].batch(BATCH)),
-            id="lstm",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="uses are counted for each gradient alone, and not every use has each",
-            ),
-        ),
-        pytest.param(
-            lambda: (
-                nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
-                (normal(2, 5, 8),),
-            ),
-            id="encoder_layer",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="uses are counted for each gradient alone, and not every use has each",
-            ),
-        ),
-    ],
-)
-def test_a_use_has_one_name(model: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
-    """The products of one use of a module have one number, and those of another use another."""
-    built, inputs = model()
-    layers: dict[str, set[int]] = {}
-    for row in report_of(built, *inputs):
-        layers.setdefault(row.where, set()).add(row.layer)
-    assert {where: numbers for where, numbers in layers.items() if len(numbers) > 1} == {}
+def test_uses_that_lack_a_gradient() -> None:
+    """The first hidden state is constant: the input gradients are those of the later uses."""
+    net = NETS["lstm"]
+    found = products(net.build(), *net.batch(BATCH))
+    assert found == sorted(
+        [
+            *layer("fc", 7, "addmm", "mm"),
+            *layer("cell.from_hidden#2", 4, "mm"),
+            *layer("cell.from_hidden#3", 6, "mm"),
+            ("cell.from_hidden#1", "forward", "mm", 2),
+            ("cell.from_hidden#1", "weight", "mm", 2),
+        ]
+        + [(f"cell.from_input#{use}", "forward", "addmm", 2 * use - 1) for use in (1, 2, 3)]
+        + [(f"cell.from_input#{use}", "weight", "mm", 2 * use - 1) for use in (1, 2, 3)]
+    )
+
+
+def test_products_of_several_kinds_in_one_module() -> None:
+    """The projections and the attention of torch's own layer are told apart alike."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    found = products(model, normal(2, 5, 8))
+    assert [product for product in found if product[0].startswith("self_attn")] == sorted(
+        [
+            *layer("self_attn#1", 1, "mm"),
+            ("self_attn#2", "forward", "attention", 1),
+            ("self_attn#2", "input", "attention", 1),
+            *layer("self_attn#3", 2, "addmm", "mm"),
+        ]
+    )
 
 
 def test_input_that_needs_no_gradient() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 
 import graphpass
 from codegen import draws
@@ -368,11 +368,6 @@ def test_a_late_approximate_variant_follows_an_exact_start(compilations: list[Gr
         assert len(compilations) == (1 if number < 2 else 2)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="a late compilation makes every size of the inputs symbolic",
-)
 def test_a_late_variant_of_a_static_graph_has_static_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -504,11 +499,6 @@ def test_a_combination_not_foreseen_is_exact_with_one_warning_where_sizes_are_sy
     assert len(compilations) == 3
 
 
-@pytest.mark.xfail(
-    raises=ValueError,
-    strict=True,
-    reason="figures are looked up by symbols without their assumptions",
-)
 def test_a_graph_with_symbolic_sizes_has_a_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -544,11 +534,6 @@ def test_no_batch_outlives_its_step(rule: str | Schedule, dynamic: bool) -> None
         assert alive() is None
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="reading `f_locals` of a frame keeps what it shows until the frame ends",
-)
 def test_what_the_training_loop_lets_go_of_is_not_kept() -> None:
     call = compiled(Net(), {"methods": {"body": "zero"}})
     x = batch(0)
@@ -603,11 +588,6 @@ def test_two_models_have_steps_and_plans_of_their_own() -> None:
     assert [d.site for d in sessions[1].plan.approximated] == ["only:weight"]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="Dynamo reuses the first one's graph, which is bound to its session",
-)
 def test_two_models_of_one_class_have_sessions_of_their_own() -> None:
     options = {"methods": {"body": "zero"}, "schedule": EVERY_OTHER}
     one, other = Net(), Net()
@@ -621,11 +601,6 @@ def test_two_models_of_one_class_have_sessions_of_their_own() -> None:
     assert [graphpass.session(model).step for model in (one, other)] == [2, 3]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="Dynamo reuses the first one's graph, which is bound to its session",
-)
 def test_an_exact_section_and_eval_mode_are_those_of_the_model_that_runs() -> None:
     options = {"methods": {"body": "zero"}}
     one, other = Net(), Net()
@@ -715,11 +690,6 @@ def test_a_checkpoint_around_a_block_changes_no_gradient(options: dict[str, Any]
         assert equal(one, other)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="a recomputation takes the draws of the last forward of its graph",
-)
 def test_checkpoints_around_blocks_that_share_a_graph_change_no_gradient() -> None:
     plain = train_blocks(Blocks(3, DRAWN), 2)
     recomputed = train_blocks(Blocks(3, DRAWN, recomputed=True), 2)
@@ -727,11 +697,6 @@ def test_checkpoints_around_blocks_that_share_a_graph_change_no_gradient() -> No
         assert equal(one, other)
 
 
-@pytest.mark.xfail(
-    raises=CheckpointError,
-    strict=True,
-    reason="a recomputation takes the variant of the last training forward",
-)
 def test_a_checkpoint_recomputes_the_variant_of_its_own_forward() -> None:
     """Two forwards, then two backwards: the second forward is the last one for both."""
     options = {"methods": {"inner": "zero"}, "schedule": EVERY_OTHER}
@@ -742,11 +707,6 @@ def test_a_checkpoint_recomputes_the_variant_of_its_own_forward() -> None:
         assert zeroed(model) == ["blocks.0.inner"] * number
 
 
-@pytest.mark.xfail(
-    raises=CheckpointError,
-    strict=True,
-    reason="a recomputation takes the variant of the last training forward",
-)
 def test_a_checkpoint_in_eval_mode_is_exact() -> None:
     options = {"methods": {"inner": "zero"}}
     model = Blocks(1, options, recomputed=True)
@@ -755,11 +715,6 @@ def test_a_checkpoint_in_eval_mode_is_exact() -> None:
     assert train_blocks(model, 1)[0][0].any()
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="the recomputation is the only forward with gradients, and counts as none",
-)
 def test_a_reentrant_checkpoint_is_approximated_too() -> None:
     model = Block()
     model.compile(backend="approx", options={"methods": {"inner": "zero"}})
@@ -829,11 +784,6 @@ def test_data_parallel_models_train(bucket_mb: int, rule: Schedule) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="the pieces of a split graph have one frame: layers are counted from 1 each",
-)
 def test_the_layers_of_a_split_graph_are_numbered_through() -> None:
     call = compiled(parallel(Wide(), 1), {"methods": {"*.body": "zero", "*.tail": "zero"}})
     call(torch.randn(BATCH, 512)).sum().backward()
