@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What `make demo` compares with exact training.
+DEMO_ARGS ?= --method zero --schedule ga-1 --channels-last
 # Tests run side by side: they compile more than they compute.
 JOBS ?= 2
 VENV := .venv

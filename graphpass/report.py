@@ -196,7 +196,11 @@ def forget(graph: TrainingGraph) -> None:
 
 
 def reports() -> tuple[Report, ...]:
-    """Return a report for every training graph compiled in this process, in order."""
+    """Return a report for every training graph compiled in this process, in order.
+
+    Models of one class share what is compiled, and so a report; blocks of one model that share a
+    graph have a report each, by their own names.
+    """
     return tuple(graph.report() for graph in _GRAPHS)
 
 
