@@ -22,7 +22,8 @@ from torch.fx import Graph, Node
 
 import graphpass
 from codegen import draws as random_draws
-from graphpass import backend, variants
+from graphpass import callers, variants
+from graphpass.capture import Analysis
 from graphpass.errors import ConfigError, Reason
 from graphpass.method import Method, Sample, get_method, methods, register, salt_of
 from graphpass.plan import Plan
@@ -175,17 +176,17 @@ def outcome(case: Case) -> Outcome:
 
 def _listen(patch: pytest.MonkeyPatch, sites: list[Site], rewritten: list[tuple[str, ...]]) -> None:
     """Write down the sites that are planned for, and those that are rewritten."""
-    make_plan, rewrite = backend.make_plan, variants.rewrite
+    make_plan, rewrite = callers.make_plan, variants.rewrite
 
-    def note_sites(found: Sequence[Site], *args: Any) -> Plan:
-        sites[:] = found
-        return make_plan(found, *args)
+    def note_sites(analysis: Analysis, *args: Any) -> Plan:
+        sites[:] = analysis.sites
+        return make_plan(analysis, *args)
 
     def note_rewrite(graph: Graph, replacements: Sequence[Replacement], seed: Node) -> None:
         rewrite(graph, replacements, seed)
         rewritten.append(tuple(replacement.site.id for replacement in replacements))
 
-    patch.setattr(backend, "make_plan", note_sites)
+    patch.setattr(callers, "make_plan", note_sites)
     patch.setattr(variants, "rewrite", note_rewrite)
 
 
