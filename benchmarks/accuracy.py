@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--seed", str(given.seed), "--threads", str(given.threads), "--channels-last",
         ]  # fmt: skip
         result = cifar10.main([*common, *arguments])
-        runs[name] = {"arguments": arguments, "result": result}
+        # Of the configuration only what differs: the rest holds paths of this machine.
+        runs[name] = {"arguments": arguments, "runs": result["runs"]}
         # Written after every run: a long measurement that is cut off is not lost.
         console.print(f"written to {write_results(given.output, {**settings, 'runs': runs})}")
     console.print(_table(runs))
@@ -66,7 +67,7 @@ def _combinations() -> dict[str, list[str]]:
 
 def final_accuracy(run: dict[str, Any]) -> float:
     """Return the test accuracy in percent after the last epoch of a run."""
-    return float(run["result"]["runs"][0]["epochs"][-1]["test_accuracy_percent"])
+    return float(run["runs"][0]["epochs"][-1]["test_accuracy_percent"])
 
 
 def _table(runs: dict[str, Any]) -> Table:
