@@ -35,7 +35,7 @@ class Session:
         self._step = 0
         self._counts_forwards = True
         self._exact_depth = 0
-        # How often each caller (`Owner.identity`) was seen in this step.
+        # How often each caller (`Caller.identity`) was seen in this step.
         self._calls: dict[str, int] = {}
         # Callers in the order they first ran; gives each its own draws, the same in every run.
         self._callers: dict[str, int] = {}
@@ -66,10 +66,7 @@ class Session:
 
     def advance(self) -> None:
         """Count one optimizer step; from the first call on, forwards are not counted any more."""
-        if self._counts_forwards:
-            # The forwards of the step that ends here have been counted as `step` steps so far;
-            # from here on only calls of this function count.
-            self._counts_forwards = False
+        self._counts_forwards = False
         self._step += 1
         self._calls.clear()
 

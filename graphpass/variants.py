@@ -8,7 +8,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,8 +22,6 @@ from torch.fx import Graph, GraphModule
 from graphpass import fingerprint
 from graphpass.capture import SavedBytes, UserPasses
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder
-
-log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 Active = frozenset[int]
