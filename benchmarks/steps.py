@@ -4,9 +4,7 @@
     python -m benchmarks.steps --models resnet20 --rounds 10 --dtype bf16
 
 Beside every saving stands the Amdahl ceiling: what the step would save if the approximated
-products took no time at all, from their measured time. `switching` compares the same two variants
-in the same numbers, alternating on every step and in long blocks: the difference is what a switch
-costs.
+products took no time at all, from their measured time.
 """
 
 import argparse
@@ -24,14 +22,10 @@ from torch import nn
 
 import graphpass
 from benchmarks.timing import gate, interleave, ratio, write_results
-from examples.models import build
+from benchmarks.training_step import BATCH, Case, make_step
 
-BATCH = 128
 # The schedules repeat after at most four steps: a turn sees each of them whole.
 STEPS_A_TURN = 4
-BLOCK = 8
-
-Step = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +64,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {}
     console = Console()
     for name in given.models:
-        models[name] = measure(name, given)
-        console.print(_table(name, models[name], given))
+        case = Case(name, given.dtype, given.nchw)
+        models[name] = measure(case, given.rounds)
+        console.print(_table(case, models[name], given.threads))
     record: dict[str, Any] = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw}
-    if given.switching:
-        record["switching"] = switching_cost(given)
-        console.print(f"switching: {record['switching']}")
     path = write_results(given.output, {**record, "models": models})
     console.print(f"written to {path}")
 
 
-def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
+def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Return step times, savings and ceilings of one model."""
-    exact = make_step(name, given, None)
-    runs = {"inductor": exact}
+    runs = {"inductor": make_step(case, None)}
     reports = {}
+    # As in the paper, the first convolution stays exact.
+    layers = case.convolutions()[1:]
     for setting in SETTINGS:
-        runs[setting.name] = make_step(name, given, setting)
+        methods = dict.fromkeys(layers, setting.method)
+        options = {"methods": methods, "schedule": setting.schedule, "strict": True}
+        runs[setting.name] = make_step(case, options)
         reports[setting.name] = graphpass.reports()[-1]
-    rounds = given.rounds if name.startswith("resnet") else max(given.rounds // 3, 6)
+    rounds = rounds if case.name.startswith("resnet") else max(rounds // 3, 6)
     seconds = interleave(runs, rounds, STEPS_A_TURN)
     exact_s = statistics.median(seconds["inductor"])
     rows = {}
     for setting in SETTINGS:
-        share = _selected_share(reports[setting.name], name, given) / exact_s
+        share = _selected_share(reports[setting.name], case) / exact_s
         taken = ratio(seconds[setting.name], seconds["inductor"])
         rows[setting.name] = {
             "median_s": statistics.median(seconds[setting.name]),
@@ -109,93 +104,22 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     return {"exact_s": exact_s, "rounds": rounds, "settings": rows}
 
 
-def make_step(name: str, given: argparse.Namespace, setting: Setting | None) -> Step:
-    """Return a compiled training step that has run every variant of its schedule once."""
-    options: dict[str, Any] = {"strict": True}
-    if setting is not None:
-        model = _model(name, given)
-        options |= {"methods": _methods(model, setting.method), "schedule": setting.schedule}
-    return _stepper(name, given, options if setting is not None else None)
-
-
-def switching_cost(given: argparse.Namespace) -> dict[str, float]:
-    """Return what one switch between two variants costs, as a share of a ResNet-20 step."""
-    methods = _methods(_model("resnet20", given), "zero")
-    rules = {
-        "alternating": graphpass.Schedule("alternating", every_step=2),
-        "blocks": graphpass.Schedule("blocks", rule=lambda _, step: step // BLOCK % 2 == 0),
-    }
-    runs = {
-        name: _stepper("resnet20", given, {"methods": methods, "schedule": rule, "strict": True})
-        for name, rule in rules.items()
-    }
-    # A turn is a whole period of the longer rule: both run each variant equally often.
-    seconds = interleave(runs, given.rounds, 2 * BLOCK)
-    # Alternating switches on every step, blocks on every BLOCK-th.
-    extra = ratio(seconds["alternating"], seconds["blocks"])
-    switches = 1 - 1 / BLOCK
-    return {
-        "percent_of_step": 100 * (extra["median"] - 1) / switches,
-        "low_quartile": 100 * (extra["low_quartile"] - 1) / switches,
-        "high_quartile": 100 * (extra["high_quartile"] - 1) / switches,
-    }
-
-
-def _stepper(name: str, given: argparse.Namespace, options: dict[str, Any] | None) -> Step:
-    # Models of one class share their code: without this, one of them would be recompiled over
-    # and over, or run eagerly, once Dynamo's limit for that code is reached.
-    torch._dynamo.config.recompile_limit = 64
-    model = _model(name, given)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    backend = "inductor" if options is None else "approx"
-    compiled = torch.compile(model, backend=backend, options=options)
-    images = torch.randn(BATCH, 3, 32, 32)
-    if not given.nchw:
-        images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (BATCH,))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=given.dtype == "bf16")
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast:
-            loss = F.cross_entropy(compiled(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    for _ in range(2 * BLOCK):
-        step()
-    return step
-
-
-def _model(name: str, given: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(0)
-    model = build(name)
-    return model if given.nchw else model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _methods(model: nn.Module, method: str) -> dict[str, str]:
-    """Name every convolution but the first, as in the paper."""
-    names = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return dict.fromkeys(names[1:], method)
-
-
-def _selected_share(report: graphpass.Report, name: str, given: argparse.Namespace) -> float:
+def _selected_share(report: graphpass.Report, case: Case) -> float:
     """Return the seconds that the approximated weight gradients take in an average exact step."""
     schedule = graphpass.Schedule.named(report.schedule)
-    model = _model(name, given)
-    shapes = _convolution_shapes(model, given)
+    shapes = _convolution_shapes(case.model())
     total = 0.0
     for row in report.approximated:
         steps = range(STEPS_A_TURN)
         often = sum(schedule.selects(row.layer, step) for step in steps) / STEPS_A_TURN
-        total += often * _weight_grad_s(shapes[row.where], given.dtype, given.nchw)
+        total += often * _weight_grad_s(shapes[row.where], case.dtype, case.nchw)
     return total
 
 
 Convolution = tuple[tuple[int, ...], tuple[int, ...], int, int]
 
 
-def _convolution_shapes(model: nn.Module, given: argparse.Namespace) -> dict[str, Convolution]:
+def _convolution_shapes(model: nn.Module) -> dict[str, Convolution]:
     """Return input shape, weight shape, stride and padding of every convolution."""
     shapes: dict[str, Convolution] = {}
 
@@ -239,10 +163,10 @@ def _weight_grad_s(shape: Convolution, dtype: str, nchw: bool) -> float:
     return statistics.median(seconds["both"]) - statistics.median(seconds["input"])
 
 
-def _table(name: str, result: dict[str, Any], given: argparse.Namespace) -> Table:
-    layout = "NCHW" if given.nchw else "channels_last"
+def _table(case: Case, result: dict[str, Any], threads: int) -> Table:
+    layout = "NCHW" if case.nchw else "channels_last"
     table = Table(
-        title=f"{name}, batch {BATCH}, {given.dtype}, {layout}, {given.threads} threads; "
+        title=f"{case.name}, batch {BATCH}, {case.dtype}, {layout}, {threads} threads; "
         f"Inductor {1e3 * result['exact_s']:.1f} ms a step"
     )
     for column in ("method/schedule", "layers", "saved %", "quartiles", "ceiling %"):
@@ -269,7 +193,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")
-    parser.add_argument("--switching", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--no-gate", action="store_true", help="do not run the contract tests first"
     )
