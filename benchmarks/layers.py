@@ -88,6 +88,8 @@ def _topk(grad: Tensor, x: Tensor, weight: Tensor) -> Callable[[], object]:
         result: Tensor = method.lower(site, params, weight, seed, 0, grad, x)
         return result
 
+    # Every shape compiles the same function: Dynamo would give up after a few of them.
+    torch._dynamo.reset()
     compiled = torch.compile(lowered, dynamic=False)
     return lambda: compiled(grad, x)
 

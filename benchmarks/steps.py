@@ -21,11 +21,11 @@ from rich.table import Table
 from torch import nn
 
 import graphpass
-from benchmarks.timing import gate, interleave, ratio, write_results
+from benchmarks.timing import gate, interleave, paired, ratio, write_results
 from benchmarks.training_step import BATCH, Case, make_step
 
-# The schedules repeat after at most four steps: a turn sees each of them whole.
-STEPS_A_TURN = 4
+# The schedules repeat after at most four steps: a turn sees a whole period.
+PERIOD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class Setting:
     def name(self) -> str:
         """Label of the row."""
         return f"{self.method}/{self.schedule}"
+
+    @classmethod
+    def named(cls, name: str) -> "Setting":
+        """Return the setting with this label."""
+        return cls(*name.split("/"))
 
 
 SETTINGS = tuple(
@@ -65,40 +70,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for name in given.models:
         case = Case(name, given.dtype, given.nchw)
-        models[name] = measure(case, given.rounds)
+        models[name] = measure(case, given.settings, given.rounds)
         console.print(_table(case, models[name], given.threads))
     record: dict[str, Any] = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw}
     path = write_results(given.output, {**record, "models": models})
     console.print(f"written to {path}")
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
+def measure(case: Case, settings: Sequence[Setting], rounds: int) -> dict[str, Any]:
     """Return step times, savings and ceilings of one model."""
-    runs = {"inductor": make_step(case, None)}
-    reports = {}
+    runs, reports = {}, {}
     # As in the paper, the first convolution stays exact.
     layers = case.convolutions()[1:]
-    for setting in SETTINGS:
+    for setting in settings:
         methods = dict.fromkeys(layers, setting.method)
         options = {"methods": methods, "schedule": setting.schedule, "strict": True}
         runs[setting.name] = make_step(case, options)
         reports[setting.name] = graphpass.reports()[-1]
-    rounds = rounds if case.name.startswith("resnet") else max(rounds // 3, 6)
-    seconds = interleave(runs, rounds, STEPS_A_TURN)
-    exact_s = statistics.median(seconds["inductor"])
+    rounds = rounds if case.name.startswith("resnet") else max(rounds // 2, 6)
+    seconds = paired(make_step(case, None), runs, rounds, repeat=PERIOD)
+    exact_s = statistics.median(base for _, bases in seconds.values() for base in bases)
     rows = {}
-    for setting in SETTINGS:
-        share = _selected_share(reports[setting.name], case) / exact_s
-        taken = ratio(seconds[setting.name], seconds["inductor"])
-        rows[setting.name] = {
-            "median_s": statistics.median(seconds[setting.name]),
+    for name, (mine, bases) in seconds.items():
+        report, taken = reports[name], ratio(mine, bases)
+        rows[name] = {
+            "median_s": statistics.median(mine),
             "time_ratio": taken,
             "saved_percent": 100 * (1 - taken["median"]),
-            "ceiling_percent": 100 * share,
-            "approximated_layers": len(reports[setting.name].approximated),
+            "ceiling_percent": 100 * _selected_share(report, case) / exact_s,
+            "approximated_layers": len(report.approximated),
             "saved_for_backward_bytes": {
-                "exact": reports[setting.name].exact_saved_bytes,
-                "planned": reports[setting.name].planned_saved_bytes,
+                "exact": report.exact_saved_bytes,
+                "planned": report.planned_saved_bytes,
             },
         }
     return {"exact_s": exact_s, "rounds": rounds, "settings": rows}
@@ -110,8 +113,8 @@ def _selected_share(report: graphpass.Report, case: Case) -> float:
     shapes = _convolution_shapes(case.model())
     total = 0.0
     for row in report.approximated:
-        steps = range(STEPS_A_TURN)
-        often = sum(schedule.selects(row.layer, step) for step in steps) / STEPS_A_TURN
+        steps = range(PERIOD)
+        often = sum(schedule.selects(row.layer, step) for step in steps) / PERIOD
         total += often * _weight_grad_s(shapes[row.where], case.dtype, case.nchw)
     return total
 
@@ -189,7 +192,8 @@ def _table(case: Case, result: dict[str, Any], threads: int) -> Table:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet20", "vgg19"])
-    parser.add_argument("--rounds", type=int, default=30, help="turns; a third for larger models")
+    parser.add_argument("--rounds", type=int, default=30, help="turns; half for larger models")
+    parser.add_argument("--settings", nargs="+", type=Setting.named, default=SETTINGS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")

@@ -37,6 +37,41 @@ def interleave(
     return seconds
 
 
+def paired(
+    base: Callable[[], object], runs: Mapping[str, Callable[[], object]], rounds: int, repeat: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Time several functions, each turn of one between two turns of what it is compared with.
+
+    The first call of a turn is not timed: it finds the caches full of what ran before.
+
+    Args:
+        base: what everything is compared with.
+        runs: what is timed, by name; each has been called before.
+        rounds: turns of each.
+        repeat: timed calls in a row in each turn.
+
+    Returns:
+        Seconds a call of every turn, and those of the base around it, by name.
+    """
+
+    def turn(run: Callable[[], object]) -> float:
+        run()
+        start = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        return (time.perf_counter() - start) / repeat
+
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    before = turn(base)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            mine, after = turn(run), turn(base)
+            seconds[name][0].append(mine)
+            seconds[name][1].append((before + after) / 2)
+            before = after
+    return seconds
+
+
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles of the ratio of two series, turn by turn."""
     ratios = [mine / other for mine, other in zip(seconds, base, strict=True)]

@@ -1,14 +1,12 @@
 """Identities that decide whether something cached still fits: of our code, and of a graph."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch.fx import GraphModule, Node
 
@@ -21,12 +19,6 @@ def source_digest() -> str:
         for path in sorted(_python_files(package)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def cache_dir() -> Path:
-    """Return the user's cache directory for this project; `GRAPHPASS_CACHE_DIR` overrides it."""
-    override = os.environ.get("GRAPHPASS_CACHE_DIR")
-    return Path(override) if override else Path(platformdirs.user_cache_dir("graphpass"))
 
 
 def graph_digest(gm: GraphModule, extra: Iterable[object]) -> str:

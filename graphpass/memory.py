@@ -3,15 +3,14 @@
 import contextlib
 import json
 import logging
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import sympy
 
+from codegen.cache import cache_dir, write_atomically
 from cost_model import Dim
-from graphpass import fingerprint
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
 from graphpass.site import ConvGeometry, Gradient, Site
@@ -59,22 +58,8 @@ def forget(key: str) -> None:
         _path(key).unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, safe against other processes doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `tempfile`, whose files only their owner may read: others may share what is kept.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _path(key: str) -> Path:
-    return fingerprint.cache_dir() / "graphs" / f"{key}.json"
+    return cache_dir() / "graphs" / f"{key}.json"
 
 
 def _dim_from(dim: int | str) -> Dim:

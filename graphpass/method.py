@@ -61,6 +61,8 @@ class Method:
         reference: (site, params, template, draws, *operands) -> result; plain and obvious.
         lower: (site, params, template, seed, salt, *operands) -> result; traced into the graph.
         samples: small problems for the contract tests.
+        noise: (site, params, *operands) -> 0-d tensor, the predicted E|approximate - exact|^2 summed
+            over the result; None where no formula is known.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Method:
     reference: Callable[..., Tensor]
     lower: Callable[..., Tensor]
     samples: Callable[[], tuple[Sample, ...]]
+    noise: Callable[..., Tensor] | None = None
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

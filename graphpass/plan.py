@@ -137,7 +137,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
-        from graphpass.memory import write_atomically
+        from codegen.cache import write_atomically
 
         write_atomically(Path(path), self.to_json())
 

@@ -91,15 +91,19 @@ def _rules(options: Options) -> list[_Rule]:
         for name in options.methods or ():
             get_method(name)
         return []
-    return [_rule(pattern, spec) for pattern, spec in options.methods.items()]
+    return [
+        _rule(pattern, spec)
+        for pattern, specs in options.methods.items()
+        for spec in (specs if isinstance(specs, list | tuple) else (specs,))
+    ]
 
 
 def _rule(pattern: str, spec: object) -> _Rule:
     record = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(record, Mapping) or "name" not in record:
         raise ConfigError(
-            f"methods[{pattern!r}]={spec!r}: give a method name, or a mapping with 'name', "
-            "'gradient' and the method's parameters"
+            f"methods[{pattern!r}]={spec!r}: give a method name, a mapping with 'name', "
+            "'gradient' and the method's parameters, or a list of those"
         )
     params = {key: value for key, value in record.items() if key not in {"name", "gradient"}}
     method = get_method(record["name"])
@@ -144,7 +148,7 @@ def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Rea
     """Return the last rule that covers the site, or why there is none."""
     if options.budget == 0:
         return Reason.BUDGET_ZERO
-    if site.gradient is Gradient.FORWARD:
+    if site.gradient is Gradient.FORWARD and site.gradient.value not in options.gradients:
         return Reason.FORWARD
     if site.reason is not None:
         return site.reason

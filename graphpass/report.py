@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_model import Cost
+from codegen.cache import write_atomically
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
@@ -97,7 +98,7 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML page, whole or not at all."""
-        memory.write_atomically(Path(path), figures.report_html(self))
+        write_atomically(Path(path), figures.report_html(self))
 
     def __str__(self) -> str:
         """Return the report as a table, with the schedule drawn below it."""

@@ -16,7 +16,7 @@ from graphpass import joint_graph, verify
 from graphpass.errors import RewriteError
 from graphpass.joint_graph import aten
 from graphpass.method import Method, salt_of
-from graphpass.site import Site
+from graphpass.site import Gradient, Site
 from graphpass.splice import size_nodes, splice
 
 
@@ -80,8 +80,8 @@ def _rewrite_node(graph: Graph, node: Node, group: list[Replacement], seed: Node
     if node.target is aten.convolution_backward.default:
         return _rewrite_convolution(graph, node, group, seed)
     (replacement,) = group
-    operands = _matmul_operands(node)
-    new = _approximate(graph, node, replacement, operands, seed, like=node)
+    operands, addend = _operands_of(node)
+    new = _approximate(graph, node, replacement, operands, seed, like=node, addend=addend)
     _replace(graph, node, new)
     return 1
 
@@ -177,6 +177,7 @@ def _approximate(
     operands: dict[str, Any],
     seed: Node,
     like: Node,
+    addend: "_Addend | None" = None,
 ) -> Node:
     site, method, params = replacement.site, replacement.method, replacement.params
     value = joint_graph.value_of(like)
@@ -194,8 +195,17 @@ def _approximate(
             )
         return result
 
+    def completed(seed: Tensor, extra: Tensor, *args: Any) -> Tensor:
+        assert addend is not None
+        return addend.add(lowered(seed, *args), extra)
+
     names = method.operands(site, params)
-    args = (seed, *sizes, *(operands[name] for name in names))
+    args = (*sizes, *(operands[name] for name in names))
+    if addend is not None:
+        return splice(
+            graph, anchor, _laid_out(completed, _layout(value)), (seed, addend.node, *args)
+        )
+    args = (seed, *args)
     return splice(graph, anchor, _laid_out(lowered, _layout(value)), args)
 
 
@@ -203,15 +213,45 @@ def _result_sizes(
     graph: Graph, anchor: Node, site: Site, operands: dict[str, Any]
 ) -> list[Node | int]:
     if site.conv is not None:
+        if site.gradient is Gradient.FORWARD:
+            return size_nodes(graph, anchor, anchor)
         return size_nodes(graph, anchor, operands["input" if site.result == 0 else "weight"])
     left = size_nodes(graph, anchor, operands["left"])
     right = size_nodes(graph, anchor, operands["right"])
     return [*left[:-1], right[-1]]
 
 
-def _matmul_operands(node: Node) -> dict[str, Any]:
-    first = 1 if node.target in {aten.addmm.default, aten.baddbmm.default} else 0
-    return {"left": node.args[first], "right": node.args[first + 1]}
+@dataclass(frozen=True, slots=True)
+class _Addend:
+    """What a product is added to: the bias of a layer."""
+
+    node: Node
+    add: Callable[[Tensor, Tensor], Tensor]
+
+
+def _operands_of(node: Node) -> tuple[dict[str, Any], _Addend | None]:
+    """Return the factors of a forward convolution or a matrix product, and what is added to it."""
+    if node.target is aten.convolution.default:
+        x, weight, bias = node.args[:3]
+        operands = {"input": x, "weight": weight}
+        if bias is None:
+            return operands, None
+        assert isinstance(bias, Node)
+        axes = [-1] + [1] * (joint_graph.value_of(node).dim() - 2)
+        return operands, _Addend(bias, lambda product, extra: product + extra.view(axes))
+    if node.target not in {aten.addmm.default, aten.baddbmm.default}:
+        return {"left": node.args[0], "right": node.args[1]}, None
+    extra, left, right = node.args[:3]
+    assert isinstance(extra, Node)
+    alpha: Any = node.kwargs.get("alpha", 1)
+    beta: Any = node.kwargs.get("beta", 1)
+
+    def add(product: Tensor, extra: Tensor) -> Tensor:
+        result: Tensor = product * alpha + extra * beta
+        return result
+
+    addend = _Addend(extra, add)
+    return {"left": left, "right": right}, addend
 
 
 def _layout(value: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,170 @@
+"""From C++ source to a function: compiled once for this machine, kept on disk, loaded afterwards.
+
+The file name is a hash of source, compiler, flags and processor, so that a home directory shared
+by different machines holds a library for each. Two processes that build the same source at once
+both succeed: each compiles into a file of its own and moves it into place.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from codegen.cache import cache_dir, write_atomically
+
+# What a compiled kernel is called with: one pointer a tensor.
+Launch = Callable[[Sequence[int]], None]
+ENTRY = "graphpass_kernel"
+
+
+class KernelBuildError(RuntimeError):
+    """A bug of ours, or a broken compiler: emitted source did not compile; names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """The compiler of this machine.
+
+    Attributes:
+        path: the program.
+        identity: version of the compiler, flags and processor: what decides the machine code.
+        flags: its arguments.
+        avx512: whether the processor has AVX-512 (F, BW, DQ, VL).
+        bf16: whether it multiplies bfloat16 (AVX512-BF16).
+        vnni: whether it multiplies int8 (AVX512-VNNI).
+    """
+
+    path: str
+    identity: str
+    flags: tuple[str, ...]
+    avx512: bool
+    bf16: bool
+    vnni: bool
+
+
+@cache
+def toolchain() -> Toolchain | str:
+    """Return this machine's compiler, or why there is none."""
+    path = next(filter(None, map(shutil.which, _candidates())), None)
+    if path is None:
+        return f"no C++ compiler was found (looked for {', '.join(_candidates())}; set CXX)"
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    if version.returncode != 0 or platform.system() != "Linux":
+        return f"{path} does not work here"
+    features = _cpu_features()
+    flags = _flags()
+    identity = "\n".join((version.stdout.splitlines()[0], *flags, *sorted(features)))
+    return Toolchain(
+        path,
+        identity,
+        flags,
+        avx512={"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features,
+        bf16="avx512_bf16" in features,
+        vnni="avx512_vnni" in features,
+    )
+
+
+def library_path(source: str, tools: Toolchain) -> Path:
+    """Return where the library of a source is kept."""
+    digest = hashlib.sha256(f"{tools.identity}\n{torch.__version__}\n{source}".encode())
+    return cache_dir() / "kernels" / f"{digest.hexdigest()[:32]}.so"
+
+
+def start(source: str) -> "Future[Launch]":
+    """Begin to build a source in the background; the same source is built once.
+
+    The future's result raises `KernelBuildError` if the compiler refuses the source.
+    """
+    if source not in _STARTED:
+        _STARTED[source] = _pool().submit(_build, source)
+    return _STARTED[source]
+
+
+_STARTED: dict[str, "Future[Launch]"] = {}
+
+
+def _build(source: str) -> Launch:
+    tools = toolchain()
+    assert isinstance(tools, Toolchain), tools
+    path = library_path(source, tools)
+    if not path.exists():
+        _compile(source, path, tools)
+    try:
+        function = getattr(ctypes.CDLL(str(path)), ENTRY)
+    except (OSError, AttributeError):
+        # Cut short by a full disk, say: build it anew, once.
+        path.unlink(missing_ok=True)
+        _compile(source, path, tools)
+        function = getattr(ctypes.CDLL(str(path)), ENTRY)
+    function.restype = None
+
+    def launch(pointers: Sequence[int]) -> None:
+        function((ctypes.c_void_p * len(pointers))(*pointers))
+
+    return launch
+
+
+def _compile(source: str, path: Path, tools: Toolchain) -> None:
+    text = path.with_suffix(".cpp")
+    write_atomically(text, source)
+    temporary = path.parent / f".{uuid.uuid4().hex}.so"
+    command = [tools.path, *tools.flags, str(text), "-o", str(temporary), *_libraries()]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            raise KernelBuildError(f"{text} does not compile:\n{finished.stderr[:4000]}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    # Each thread waits for a compiler: as many as there are cores.
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="graphpass-build")
+
+
+def _candidates() -> list[str]:
+    given = os.environ.get("CXX")
+    return [given] if given else ["g++", "clang++", "c++"]
+
+
+def _flags() -> tuple[str, ...]:
+    return (
+        "-O3",
+        "-march=native",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fopenmp",
+        # What exact code would not do either: errno, traps. NaN and infinity stay what they are.
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+    )
+
+
+def _libraries() -> list[str]:
+    """Link torch's own libraries: its thread pool is the OpenMP runtime that it brought along."""
+    folder = Path(torch.__file__).parent / "lib"
+    return [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
+
+
+def _cpu_features() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.partition(":")[2].split())

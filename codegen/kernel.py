@@ -1,0 +1,179 @@
+"""A kernel primitive: its meaning in plain torch, its C++, and the registry of primitives.
+
+A primitive is one file in `codegen/kernels/`. It is registered as `torch.ops.approx.<name>`, an
+operator without side effects that the compiler leaves where it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from codegen import build
+
+Result = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Emitted C++.
+
+    Attributes:
+        text: a translation unit that defines `extern "C" void graphpass_kernel(void** t)`; `t`
+            holds the tensor arguments in order, then the results, then the scratch memory.
+        scratch_bytes: size of the scratch memory, aligned to 64 bytes; 0 for none.
+    """
+
+    text: str
+    scratch_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Arguments that the contract tests call a kernel with.
+
+    Attributes:
+        args: makes the arguments.
+        length: how many products the longest sum of a result has.
+        exact: whether the C++ must give the reference's very bits.
+    """
+
+    args: Callable[[], tuple[Any, ...]]
+    length: int
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One primitive.
+
+    All functions take the operator's arguments. `fake` and `emit_cpp` read nothing of tensors but
+    shape, strides, dtype and device.
+
+    Attributes:
+        name: the operator is `torch.ops.approx.<name>`; also the name of the file.
+        schema: arguments and results as `torch.library` writes them.
+        reference: plain and obvious torch: the meaning, and what runs where no kernel can.
+        fake: allocates the results, uninitialised.
+        emit_cpp: returns the source specialised to the arguments, or why there is none.
+        samples: arguments for the contract tests.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Result]
+    fake: Callable[..., Result]
+    emit_cpp: Callable[..., Source | str]
+    samples: Callable[[], tuple[Sample, ...]]
+
+    @property
+    def op(self) -> Any:
+        """The operator."""
+        return getattr(torch.ops.approx, self.name).default
+
+
+_REGISTRY: dict[str, Kernel] = {}
+_LIBRARY = Library("approx", "FRAGMENT")
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel to the registry, and its operator to torch.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if kernel.name in _REGISTRY:
+        raise ValueError(f"two kernels are called {kernel.name!r}")
+    _REGISTRY[kernel.name] = kernel
+    # The source is specialised to strides: the compiler must pass those it was traced with.
+    tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+    _LIBRARY.define(kernel.name + kernel.schema, tags=tags)
+    _LIBRARY.impl(kernel.name, _Runner(kernel), "CPU")
+    _LIBRARY.impl(kernel.name, kernel.reference, "CUDA")
+    torch.library.register_fake(f"approx::{kernel.name}", kernel.fake, lib=_LIBRARY)
+    return kernel
+
+
+@cache
+def kernels() -> MappingProxyType[str, Kernel]:
+    """Return every kernel by name, in alphabetical order."""
+    import codegen.kernels  # noqa: F401  (importing the folder registers its files)
+
+    return MappingProxyType(dict(sorted(_REGISTRY.items())))
+
+
+def call(kernel: Kernel, *args: Any) -> Any:
+    """Call a kernel from code that is being traced: its operator where C++ can be built for it.
+
+    Elsewhere the reference is traced in place, so that the compiler fuses it.
+    """
+    if unavailable(kernel, *args) is None:
+        return kernel.op(*args)
+    return kernel.reference(*args)
+
+
+def unavailable(kernel: Kernel, *args: Any) -> str | None:
+    """Return why there is no C++ for these arguments; None where there is, and begin building it.
+
+    Args:
+        kernel: the primitive.
+        *args: its arguments; tensors may be fake.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "not on a CPU"
+    if any(not isinstance(size, int) for x in tensors for size in (*x.shape, *x.stride())):
+        return "the sizes are symbolic"
+    tools = build.toolchain()
+    if isinstance(tools, str):
+        return tools
+    source = kernel.emit_cpp(*args)
+    if isinstance(source, str):
+        return source
+    build.start(source.text)
+    return None
+
+
+class _Runner:
+    """Runs a kernel on real tensors: the C++ for their shapes, or else the reference."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.launches: dict[tuple[Any, ...], tuple[build.Launch, int] | None] = {}
+
+    def __call__(self, *args: Any) -> Result:
+        key = tuple(
+            (x.shape, x.stride(), x.dtype)
+            if isinstance(x, Tensor)
+            else tuple(x)
+            if isinstance(x, list)
+            else x
+            for x in args
+        )
+        if key not in self.launches:
+            self.launches[key] = self._prepare(args)
+        prepared = self.launches[key]
+        if prepared is None:
+            return self.kernel.reference(*args)
+        launch, scratch_bytes = prepared
+        results = self.kernel.fake(*args)
+        outputs = (results,) if isinstance(results, Tensor) else results
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        pointers = [x.data_ptr() for x in (*tensors, *outputs)]
+        if scratch_bytes:
+            scratch = torch.empty(scratch_bytes + 64, dtype=torch.uint8)
+            pointers.append(-(-scratch.data_ptr() // 64) * 64)
+        launch(pointers)
+        return results
+
+    def _prepare(self, args: tuple[Any, ...]) -> tuple[build.Launch, int] | None:
+        if unavailable(self.kernel, *args) is not None:
+            return None
+        source = self.kernel.emit_cpp(*args)
+        assert isinstance(source, Source), source
+        return build.start(source.text).result(), source.scratch_bytes

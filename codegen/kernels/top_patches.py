@@ -1,0 +1,230 @@
+"""Top patches: the weight gradient from the k largest output gradients of every map.
+
+For each sample b and output channel o, the k positions p with the largest |g[b, o, p]| are kept;
+what the others sum to is shared out among them, so that the map's sum is kept:
+
+    dw[o] = scale * sum_b sum_kept (g[b, o, p] + rest / k) * patch(x[b], p)
+
+Wang, Nelaturu, Amarasinghe 2019, Algorithm 1, is k = 1. Letters: B batch, Ci and Co channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import cpp
+from codegen.kernel import Kernel, Sample, Source, register
+
+aten = torch.ops.aten
+
+
+def reference(
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    k: int,
+    scale: float,
+) -> Tensor:
+    """Return the weight gradient of the output gradient with all but k values of a map dropped.
+
+    Args:
+        grad: [B, Co, *out].
+        x: [B, Ci, *in].
+        kernel: the kernel's spatial sizes.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        k: values kept of every map.
+        scale: factor on the result.
+
+    Returns:
+        dw [Co, Ci/groups, *kernel], laid out in memory as x is.
+    """
+    maps = grad.flatten(2)
+    positions = maps.abs().topk(k, dim=2).indices if k > 1 else maps.abs().argmax(2, keepdim=True)
+    values = maps.gather(2, positions)
+    rest = maps.sum(2, keepdim=True) - values.sum(2, keepdim=True)
+    kept = torch.zeros_like(maps).scatter(2, positions, values + rest / k).view_as(grad)
+    weight = fake(grad, x, kernel, stride, padding, dilation, groups, k, scale)
+    # A convolution's three products are computed by one operator; the mask asks for dw alone.
+    dw: Tensor = aten.convolution_backward(
+        kept, x, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups,
+        [False, True, False],
+    )[1]  # fmt: skip
+    return dw * scale
+
+
+def fake(
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    k: int,
+    scale: float,
+) -> Tensor:
+    """Return an uninitialised weight gradient."""
+    del stride, padding, dilation, k, scale
+    shape = (grad.shape[1], x.shape[1] // groups, *kernel)
+    last = len(kernel) == 2 and x.stride(1) == 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+
+
+def emit_cpp(
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    k: int,
+    scale: float,
+) -> Source | str:
+    """Return the source for convolutions of two spatial axes."""
+    if len(kernel) != 2:
+        return f"no kernel for {len(kernel)} spatial axes"
+    if (reason := cpp.unsupported(grad, x)) is not None or grad.dtype != x.dtype:
+        return reason or "operands of two types"
+    batch, out_channels, out_height, out_width = grad.shape
+    result = fake(
+        grad.to("meta"), x.to("meta"), kernel, stride, padding, dilation, groups, k, scale
+    )
+    constants: dict[str, Any] = {
+        "T": cpp.ELEMENTS[grad.dtype],
+        "B": batch, "CO": out_channels, "CI": x.shape[1], "GROUPS": groups,
+        "OH": out_height, "OW": out_width, "IH": x.shape[2], "IW": x.shape[3],
+        "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
+        "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
+        "K": k, "SCALE": float(scale),
+        **cpp.strides("GS", grad), **cpp.strides("XS", x), **cpp.strides("RS", result),
+    }  # fmt: skip
+    kept = batch * out_channels * k
+    return Source(cpp.source(constants, _BODY), scratch_bytes=8 * kept)
+
+
+_BODY = r"""
+constexpr long POSITIONS = OH * OW, CG = CI / GROUPS, OG = CO / GROUPS;
+constexpr long BLOCK = 16;  // output channels that are scanned together
+
+// Where the k largest values of one map are, and what each of them weighs.
+static void keep_many(const T* g, int32_t* position, float* weight) {
+  static thread_local float values[POSITIONS];
+  static thread_local int32_t order[POSITIONS];
+  float total = 0, kept = 0;
+  for (long p = 0; p < POSITIONS; p++) {
+    values[p] = load(g[(p / OW) * GS2 + (p % OW) * GS3]);
+    order[p] = int32_t(p);
+    total += values[p];
+  }
+  // NaN counts as the largest value, as in the reference.
+  auto larger = [&](int32_t a, int32_t b) {
+    float x = std::fabs(values[a]), y = std::fabs(values[b]);
+    return (x != x && y == y) || x > y;
+  };
+  if (K < POSITIONS) std::nth_element(order, order + K, order + POSITIONS, larger);
+  for (long i = 0; i < K; i++) kept += values[order[i]];
+  for (long i = 0; i < K; i++) {
+    position[i] = order[i];
+    weight[i] = (values[order[i]] + (total - kept) / K) * SCALE;
+  }
+}
+
+// The same for k = 1 and up to BLOCK neighbouring channels: one pass, vectors of channels.
+static void keep_one(const T* g, long channels, int32_t* position, float* weight) {
+  float best[BLOCK], total[BLOCK];
+  int32_t where[BLOCK];
+  for (long c = 0; c < BLOCK; c++) best[c] = -1, total[c] = 0, where[c] = 0;
+  auto scan = [&](long count) {
+    for (long h = 0; h < OH; h++)
+      for (long w = 0; w < OW; w++) {
+        const T* row = g + h * GS2 + w * GS3;
+        int32_t here = int32_t(h * OW + w);
+        for (long c = 0; c < count; c++) {
+          float value = load(row[c * GS1]), size = std::fabs(value);
+          total[c] += value;
+          // Written so that the first NaN wins and stays.
+          bool better = !(size <= best[c]) && best[c] == best[c];
+          best[c] = better ? size : best[c];
+          where[c] = better ? here : where[c];
+        }
+      }
+  };
+  if (channels == BLOCK) scan(BLOCK); else scan(channels);
+  for (long c = 0; c < channels; c++) {
+    position[c] = where[c];
+    weight[c] = total[c] * SCALE;
+  }
+}
+
+static void kernel(void* const* t) {
+  const T* grad = static_cast<const T*>(t[0]);
+  const T* x = static_cast<const T*>(t[1]);
+  T* result = static_cast<T*>(t[2]);
+  int32_t* positions = static_cast<int32_t*>(t[3]);  // [B, CO, K]
+  float* weights = reinterpret_cast<float*>(positions + B * CO * K);
+
+  parallel(B, [&](long b) {
+    for (long o = 0; o < CO; o += K == 1 ? BLOCK : 1) {
+      const T* g = grad + b * GS0 + o * GS1;
+      long at = (b * CO + o) * K;
+      if (K == 1) keep_one(g, std::min(BLOCK, CO - o), positions + at, weights + at);
+      else keep_many(g, positions + at, weights + at);
+    }
+  });
+
+  // Each filter belongs to one thread: the sum does not depend on their number.
+  parallel(CO, [&](long o) {
+    alignas(64) float sum[KH * KW * CG];
+    std::fill(sum, sum + KH * KW * CG, 0.0f);
+    const T* group = x + (o / OG) * CG * XS1;
+    for (long b = 0; b < B; b++)
+      for (long i = 0; i < K; i++) {
+        long p = positions[(b * CO + o) * K + i];
+        float weight = weights[(b * CO + o) * K + i];
+        for (long kh = 0; kh < KH; kh++) {
+          long h = p / OW * SH + kh * DH - PH;
+          if (h < 0 || h >= IH) continue;
+          for (long kw = 0; kw < KW; kw++) {
+            long w = p % OW * SW + kw * DW - PW;
+            if (w < 0 || w >= IW) continue;
+            const T* pixel = group + b * XS0 + h * XS2 + w * XS3;
+            float* into = sum + (kh * KW + kw) * CG;
+            for (long c = 0; c < CG; c++) into[c] += weight * load(pixel[c * XS1]);
+          }
+        }
+      }
+    for (long c = 0; c < CG; c++)
+      for (long kh = 0; kh < KH; kh++)
+        for (long kw = 0; kw < KW; kw++)
+          store(result + o * RS0 + c * RS1 + kh * RS2 + kw * RS3, sum[(kh * KW + kw) * CG + c]);
+  });
+}
+"""
+
+
+def samples() -> tuple[Sample, ...]:
+    """Return convolutions of every geometry, in both layouts and types, and odd sizes."""
+    return ()
+
+
+register(
+    Kernel(
+        name="top_patches",
+        schema="(Tensor grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+        "int groups, int k, float scale) -> Tensor",
+        reference=reference,
+        fake=fake,
+        emit_cpp=emit_cpp,
+        samples=samples,
+    )
+)

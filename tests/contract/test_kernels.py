@@ -1,0 +1,135 @@
+"""What every kernel promises: its C++ gives what its reference gives in float64.
+
+Runs over the registry: a new file in `codegen/kernels/` is tested without an edit here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codegen import build
+from codegen.kernel import Kernel, Sample, kernels, register
+
+# Roundings of one operand and of the result; the sum itself counts `length`.
+ROUNDINGS = 4
+THREADS = (1, 2, 3, 8)
+
+CASES = [
+    pytest.param(kernel, sample, id=f"{kernel.name}-{number}")
+    for kernel in kernels().values()
+    for number, sample in enumerate(kernel.samples())
+]
+by_sample = pytest.mark.parametrize(("kernel", "sample"), CASES)
+
+needs_compiler = pytest.mark.skipif(
+    isinstance(build.toolchain(), str), reason="this machine has no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill new memory with NaN, so that what a kernel forgets to write is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _map(args: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    return tuple(change(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _check(kernel: Kernel, sample: Sample, args: tuple[Any, ...], results: Any) -> None:
+    expected = _results(kernel.reference(*_map(args, Tensor.double)))
+    # What bounds the rounding error: the same sums of absolute values.
+    bound = _results(kernel.reference(*_map(args, lambda a: a.double().abs())))
+    for result, wanted, magnitude in zip(_results(results), expected, bound, strict=True):
+        if not result.is_floating_point():
+            assert torch.equal(result, wanted)
+            continue
+        finite = magnitude[magnitude.isfinite()]
+        largest = float(
+            torch.cat(
+                [
+                    finite.abs().flatten(),
+                    wanted[wanted.isfinite()].abs(),
+                    torch.zeros(1, dtype=torch.float64),
+                ]
+            ).max()
+        )
+        eps = torch.finfo(result.dtype).eps
+        relative = sample.length * torch.finfo(torch.float32).eps + ROUNDINGS * eps
+        torch.testing.assert_close(
+            result.double(), wanted, atol=largest * relative, rtol=0, equal_nan=True
+        )
+
+
+@needs_compiler
+@by_sample
+def test_results_equal_the_reference_in_float64(kernel: Kernel, sample: Sample) -> None:
+    args = sample.args()
+    assert not isinstance(kernel.emit_cpp(*args), str)
+    _check(kernel, sample, args, kernel.op(*args))
+
+
+@needs_compiler
+@by_sample
+def test_threads_change_nothing_but_rounding(kernel: Kernel, sample: Sample) -> None:
+    args = sample.args()
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        results = kernel.op(*args)
+        _check(kernel, sample, args, results)
+        again = kernel.op(*args)
+        for first, second in zip(_results(results), _results(again), strict=True):
+            assert torch.equal(first, second)
+
+
+@by_sample
+def test_reference_and_fake_agree_on_shapes_types_and_strides(
+    kernel: Kernel, sample: Sample
+) -> None:
+    args = sample.args()
+    expected, fake = _results(kernel.reference(*args)), _results(kernel.fake(*args))
+    for one, other in zip(expected, fake, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@needs_compiler
+@by_sample
+def test_operands_are_left_as_they_were(kernel: Kernel, sample: Sample) -> None:
+    args = sample.args()
+    before = _map(args, Tensor.clone)
+    kernel.op(*args)
+    for old, new in zip(before, args, strict=True):
+        if isinstance(old, Tensor):
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", kernels().values(), ids=kernels().keys())
+def test_the_operator_passes_torch_s_own_checks(kernel: Kernel) -> None:
+    args = kernel.samples()[0].args()
+    checks = ("test_schema", "test_faketensor")
+    assert set(torch.library.opcheck(kernel.op, args, test_utils=checks).values()) == {"SUCCESS"}
+
+
+def test_a_name_is_taken_once() -> None:
+    kernel = next(iter(kernels().values()))
+    with pytest.raises(ValueError, match=f"two kernels are called '{kernel.name}'"):
+        register(dataclasses.replace(kernel))
