@@ -44,8 +44,15 @@ class Case:
 
     def convolutions(self) -> list[str]:
         """Return the paths of all convolutions, in the order they run."""
+        return self._paths(nn.Conv2d)
+
+    def layers(self) -> list[str]:
+        """Return the paths of all convolutions and linear layers, in the order of the model."""
+        return self._paths(nn.Conv2d, nn.Linear)
+
+    def _paths(self, *kinds: type[nn.Module]) -> list[str]:
         modules = self.model().named_modules()
-        return [path for path, module in modules if isinstance(module, nn.Conv2d)]
+        return [path for path, module in modules if isinstance(module, kinds)]
 
 
 def make_step(case: Case, options: dict[str, Any] | None) -> Step:

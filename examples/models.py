@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.large_models import DEPTHS, deep_resnet, mlp, vit, wide_resnet
 from graphpass.errors import ConfigError
 
 
@@ -19,9 +20,10 @@ def build(name: str, **sizes: int) -> nn.Module:
     """Build the model called `name`, with freshly initialised parameters.
 
     Args:
-        name: `cnn2`, `vgg19` or `resnet<depth>` (`resnet20`).
+        name: `cnn2`, `vgg19`, `vit`, `mlp`, `wrn-<depth>-<widening>` or `resnet<depth>`: depths 18,
+            34, 50, 101 and 152 are the ImageNet family, others that of CIFAR (`resnet20`).
         **sizes: Keyword arguments of the model: `in_channels`, `image_size`, `num_classes`, and for
-            ResNets `width`.
+            CIFAR ResNets `width`.
 
     Returns:
         The model in training mode.
@@ -30,12 +32,16 @@ def build(name: str, **sizes: int) -> nn.Module:
         ConfigError: If no model has that name, or it cannot take images of that size.
     """
     if depth := re.fullmatch(r"resnet(\d+)", name):
-        return resnet(int(depth[1]), **sizes)
+        build_resnet = deep_resnet if int(depth[1]) in DEPTHS else resnet
+        return build_resnet(int(depth[1]), **sizes)
+    if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        return wide_resnet(int(wide[1]), int(wide[2]), **sizes)
     if name not in _BUILDERS:
         legal = ", ".join(sorted(_BUILDERS))
         raise ConfigError(
-            f"unknown model {name!r}: legal are {legal} and resnet<depth> with a depth of 6n + 2, "
-            "such as resnet14 and resnet20"
+            f"unknown model {name!r}: legal are {legal}, resnet<depth> with a depth of 6n + 2, "
+            "such as resnet14 and resnet20, resnet18, resnet34, resnet50, resnet101, resnet152, "
+            "and wrn-<depth>-<widening>, such as wrn-16-4"
         )
     return _BUILDERS[name](**sizes)
 
@@ -210,7 +216,12 @@ class Vgg19(nn.Module):
         return logits
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"cnn2": cnn2, "vgg19": vgg19}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "cnn2": cnn2,
+    "mlp": mlp,
+    "vgg19": vgg19,
+    "vit": vit,
+}
 
 
 def _conv3x3(in_channels: int, channels: int, stride: int) -> nn.Conv2d:

@@ -11,6 +11,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cost_model import Cost
@@ -61,8 +62,9 @@ class Method:
         reference: (site, params, template, draws, *operands) -> result; plain and obvious.
         lower: (site, params, template, seed, salt, *operands) -> result; traced into the graph.
         samples: small problems for the contract tests.
-        noise: (site, params, *operands) -> 0-d tensor, the predicted E|approximate - exact|^2 summed
-            over the result; None where no formula is known.
+        noise: (site, params, *operands) -> 0-d tensor, the predicted E|approximate - exact|^2,
+            summed over the result; None where no formula is known.
+        computes_in: element type that the result is rounded to before its own; None for none.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Method:
     lower: Callable[..., Tensor]
     samples: Callable[[], tuple[Sample, ...]]
     noise: Callable[..., Tensor] | None = None
+    computes_in: torch.dtype | None = None
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

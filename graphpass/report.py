@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cost_model import Cost
 from codegen.cache import write_atomically
+from cost_model import Cost
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.errors import Reason

@@ -19,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+import codegen.kernels  # noqa: F401  (graphs that come out of a cache name our operators)
 from graphpass import fingerprint
 from graphpass.capture import SavedBytes, UserPasses
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder

@@ -8,6 +8,7 @@ what the others sum to is shared out among them, so that the map's sum is kept:
 Wang, Nelaturu, Amarasinghe 2019, Algorithm 1, is k = 1. Letters: B batch, Ci and Co channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -212,9 +213,67 @@ static void kernel(void* const* t) {
 """
 
 
+def _sample(
+    batch: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
+    k: int = 1,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Sample:
+    """Return a problem; `geometry` is stride, padding, dilation and groups."""
+    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
+    out = [
+        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for side, taps in zip(size, kernel, strict=True)
+    ]
+
+    def args() -> tuple[Any, ...]:
+        random = torch.Generator().manual_seed(batch)
+        x = torch.randn(batch, in_channels, *size, generator=random)
+        # Magnitudes differ within a map, so that the largest are the same in every type.
+        order = torch.rand(batch, out_channels, out[0] * out[1], generator=random).argsort(-1)
+        sign = torch.rand(order.shape, generator=random).sub(0.5).sign()
+        grad = (sign * (1 + order / 128)).view(batch, out_channels, *out)
+        grad, x = (tensor.to(dtype, memory_format=memory_format) for tensor in (grad, x))
+        axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
+        return grad, x, list(kernel), *axes, groups, k, 0.5
+
+    return Sample(args, length=batch * k + out[0] * out[1])
+
+
+def _with(sample: Sample, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Sample:
+    def args() -> tuple[Any, ...]:
+        grad, x, *rest = sample.args()
+        return *change(grad, x), *rest
+
+    return Sample(args, sample.length)
+
+
 def samples() -> tuple[Sample, ...]:
     """Return convolutions of every geometry, in both layouts and types, and odd sizes."""
-    return ()
+    nchw, half = torch.contiguous_format, torch.bfloat16
+    plain = _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1))
+
+    def not_a_number(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return grad.index_fill(1, torch.tensor([2]), torch.nan), x
+
+    return (
+        plain,
+        _sample(2, (1, 1), (5, 5), (1, 1)),
+        _sample(1, (3, 63), (9, 8), (5, 5), (2, 2, 1, 1), k=3),
+        _sample(4, (6, 4), (11, 10), (3, 2), (2, 3, 2, 2), k=2, memory_format=nchw),
+        _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
+        _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half),
+        _sample(3, (4, 33), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, memory_format=nchw),
+        _sample(2, (3, 4), (5, 5), (3, 3), k=9),
+        _with(plain, not_a_number),
+        # What a sum over the output hands back: one value, expanded.
+        _with(plain, lambda grad, x: (grad[:, :1, :1, :1].expand(grad.shape), x)),
+        _with(plain, lambda grad, x: (grad.flip(3), x.transpose(2, 3).contiguous().mT)),
+    )
 
 
 register(

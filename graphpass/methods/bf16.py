@@ -135,5 +135,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
+        computes_in=torch.bfloat16,
     )
 )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codegen.kernel import kernels, unavailable
 from cost_model import Cost, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.method import Method, Sample, no_draw, register
@@ -124,13 +125,25 @@ def reject(site: Site, params: Params) -> Rejected | None:
 def lower(
     site: Site, params: Params, template: Tensor, seed: Tensor, salt: int, grad: Tensor, x: Tensor
 ) -> Tensor:
-    """Return the patches that the kept values look at, weighted and summed over samples.
+    """Return the patches that the kept values look at, weighted and summed over samples."""
+    del seed, salt
+    conv, kernel = _geometry(site), kernels()["top_patches"]
+    geometry = map(list, (template.shape[2:], conv.stride, conv.padding, conv.dilation))
+    args = (grad, x, *geometry, conv.groups, params.k, float(params.scale))
+    if unavailable(kernel, *args) is None:
+        result: Tensor = kernel.op(*args)
+        return result
+    return _lower_in_torch(params, template, conv, grad, x)
+
+
+def _lower_in_torch(
+    params: Params, template: Tensor, conv: ConvGeometry, grad: Tensor, x: Tensor
+) -> Tensor:
+    """Return the same in plain torch.
 
     Everything after the selection is one indirect load, one product and one sum, which Inductor
     fuses into a single loop over contiguous channels; no patch is ever stored.
     """
-    del seed, salt
-    conv = _geometry(site)
     positions, values = _select(grad.flatten(2), params.k)
     corners = _unravel(positions, tuple(grad.shape[2:]))
     index, inside = _patch_index(corners, tuple(x.shape[2:]), tuple(template.shape[2:]), conv)

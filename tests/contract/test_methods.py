@@ -37,6 +37,8 @@ ROUNDINGS = 8
 # Draws over which a mean is taken; by chance, one mean in two million is 5 standard errors off.
 DRAWS = 400
 STANDARD_ERRORS = 5
+# How far a noise formula may be off.
+NOISE_FACTOR = 1.5
 # Parameters that say how much of the work is done, so that FLOPs fall when they do.
 WORK_PARAMETERS = ("k", "keep")
 
@@ -78,7 +80,9 @@ REJECTED = _cases(
 ACCEPTED = _cases(lambda method, sample: not sample.rejected)
 # Every sample in float32, and the first of every method in bfloat16: compiling takes seconds.
 COMPILED = ACCEPTED + [
-    dataclasses.replace(case, dtype=torch.bfloat16) for case in ACCEPTED if case.index == 0
+    dataclasses.replace(case, dtype=torch.bfloat16)
+    for case in ACCEPTED
+    if case.index == 0 and get_method(case.method).computes_in is not torch.bfloat16
 ]
 
 # With the scope, all tests of a case follow each other, and one worker compiles it for all.
@@ -93,8 +97,9 @@ class Problem(nn.Module):
         self.shift = nn.Parameter(torch.randn(case.sample.x, dtype=case.dtype))
         self.layer = case.sample.module().to(case.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.layer(torch.relu(x) + self.shift))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product = self.layer(torch.relu(x) + self.shift)
+        return torch.relu(product), product.detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class Outcome:
         x: what it was applied to.
         grad: what it was given in backward.
         site: the product that the sample is about.
-        results: "input", "weight" and "bias" gradient of every step.
+        results: "forward" product, "input", "weight" and "bias" gradient of every step.
         again: the same of step 0, run once more.
         rewritten: the sites of each time that a graph was rewritten.
         report: what the user is told.
@@ -126,6 +131,15 @@ class Outcome:
         """The operands of the site, by the names that methods use."""
         return _operands(self.site, self.grad, self.x, self.layer.weight.detach())
 
+    @property
+    def addend(self) -> Tensor:
+        """What is added to the site's product: the bias, to a forward product."""
+        bias = getattr(self.layer, "bias", None)
+        if self.site.gradient is not Gradient.FORWARD or bias is None:
+            return torch.zeros((), dtype=torch.float64)
+        shape = [-1] + [1] * (self.x.dim() - 2)
+        return bias.detach().double().view(shape)  # type: ignore[no-any-return]
+
 
 @cache
 def outcome(case: Case) -> Outcome:
@@ -138,7 +152,8 @@ def outcome(case: Case) -> Outcome:
         "gradient": case.sample.gradient.value,
         **dataclasses.asdict(case.sample.params),
     }
-    options = {"methods": {"layer": spec}, "seed": SEED, "strict": True}
+    gradients = ("forward", "weight", "input")
+    options = {"methods": {"layer": spec}, "gradients": gradients, "seed": SEED, "strict": True}
     sites: list[Site] = []
     rewritten: list[tuple[str, ...]] = []
     with (
@@ -157,10 +172,10 @@ def outcome(case: Case) -> Outcome:
             if step == STEPS:
                 session.load_state_dict(start)
             problem.zero_grad()
-            out = compiled(x)
+            out, product = compiled(x)
             cotangent = _distinct(out.shape).to(case.dtype)
             out.backward(cotangent)
-            runs.append(_gradients(problem))
+            runs.append({"forward": product.clone(), **_gradients(problem)})
     (site,) = (site for site in sites if site.gradient is case.sample.gradient)
     return Outcome(
         layer=problem.layer,
@@ -212,19 +227,23 @@ def _distinct(shape: torch.Size) -> Tensor:
 def _operands(site: Site, grad: Tensor, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
     if site.conv is not None:
         return {"grad": grad, "input": x, "weight": weight}
-    weight_grad = site.gradient is Gradient.WEIGHT
-    left, right = (grad.T, x) if weight_grad else (grad, weight)
+    left, right = {
+        Gradient.FORWARD: (x, weight.T),
+        Gradient.WEIGHT: (grad.T, x),
+        Gradient.INPUT: (grad, weight),
+    }[site.gradient]
     assert (left.shape, right.shape) == site.shapes, site.id
     return {"left": left, "right": right}
 
 
 def _products(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Return the exact "input", "weight" and "bias" gradient in float64."""
+    """Return the exact "forward" product, "input", "weight" and "bias" gradient in float64."""
     layer, x = copy.deepcopy(layer).double(), x.double().requires_grad_()
     names, parameters = zip(*layer.named_parameters(), strict=True)
     with torch.enable_grad():
-        values = torch.autograd.grad(layer(x), (x, *parameters), grad.double())
-    return dict(zip(("input", *names), values, strict=True))
+        product = layer(x)
+        values = torch.autograd.grad(product, (x, *parameters), grad.double())
+    return dict(zip(("forward", "input", *names), (product.detach(), *values), strict=True))
 
 
 def _absolute_products(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -238,7 +257,7 @@ def _absolute_products(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, T
 
 def _length(which: str, layer: nn.Module, x: Tensor, grad: Tensor) -> int:
     """Return how many products the longest sum of a gradient may have."""
-    if which == "input":
+    if which in {"input", "forward"}:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         return weight.numel() // min(weight.shape[:2])
@@ -272,18 +291,25 @@ def _reference(
 
 
 def _check_against_reference(
-    case: Case, seen: Outcome, operands: dict[str, Tensor], result: Tensor, step: int
+    case: Case,
+    seen: Outcome,
+    operands: dict[str, Tensor],
+    result: Tensor,
+    step: int,
+    with_addend: bool,
 ) -> None:
     """Compare a product of `operands` with the method's reference, both from the same draws."""
     method, which = get_method(case.method), case.sample.gradient.value
     expected = _reference(method, case.sample, seen.site, operands, _seed(step))
+    if with_addend:
+        expected = expected + seen.addend
     absolute = {name: value.abs() for name, value in operands.items()}
     magnitude = torch.maximum(
         _reference(method, case.sample, seen.site, absolute, _seed(step)).abs(),
         _absolute_products(seen.layer, seen.x, seen.grad)[which],
     )
     length = _length(which, seen.layer, seen.x, seen.grad)
-    tolerance = _tolerance(magnitude, length, case.dtype)
+    tolerance = _tolerance(magnitude, length, method.computes_in or case.dtype)
     assert result.dtype == case.dtype
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=0)
 
@@ -321,7 +347,7 @@ def test_compiled_result_equals_the_reference_on_the_same_draws(case: Case) -> N
     seen = outcome(case)
     for step, results in enumerate(seen.results):
         result = results[case.sample.gradient.value]
-        _check_against_reference(case, seen, seen.operands, result, step)
+        _check_against_reference(case, seen, seen.operands, result, step, with_addend=True)
 
 
 @by_case
@@ -343,7 +369,7 @@ def test_lowering_run_eagerly_equals_the_reference(case: Case, dtype: torch.dtyp
         salt_of(site),
         *(operands[name] for name in method.operands(site, case.sample.params)),
     )
-    _check_against_reference(case, seen, operands, result, step=0)
+    _check_against_reference(case, seen, operands, result, step=0, with_addend=False)
 
 
 @pytest.mark.parametrize("case", COMPILED + REJECTED, ids=str, scope="module")
@@ -418,7 +444,7 @@ def _is_biased(
 @by_case
 def test_samples_are_exact_or_biased_as_declared(case: Case) -> None:
     method, seen, which = get_method(case.method), outcome(case), case.sample.gradient.value
-    exact = _products(seen.layer, seen.x, seen.grad)[which]
+    exact = _products(seen.layer, seen.x, seen.grad)[which] - seen.addend
     if not case.sample.exact:
         biased = _is_biased(method, case.sample, seen.site, seen.operands, exact)
         assert biased is not method.unbiased
@@ -428,6 +454,28 @@ def test_samples_are_exact_or_biased_as_declared(case: Case) -> None:
     tolerance = _tolerance(absolute, length, case.dtype)
     for results in seen.results:
         torch.testing.assert_close(results[which].double(), exact, atol=tolerance, rtol=0)
+
+
+WITH_FORMULA = [
+    case for case in ACCEPTED if get_method(case.method).noise is not None and not case.sample.exact
+]
+
+
+@pytest.mark.parametrize("case", WITH_FORMULA, ids=str, scope="module")
+def test_the_noise_formula_predicts_what_draws_show(case: Case) -> None:
+    method, seen, which = get_method(case.method), outcome(case), case.sample.gradient.value
+    exact = _products(seen.layer, seen.x, seen.grad)[which] - seen.addend
+    names = method.operands(seen.site, case.sample.params)
+    operands = [seen.operands[name].double() for name in names]
+    assert method.noise is not None
+    predicted = float(method.noise(seen.site, case.sample.params, *operands))
+    squared = [
+        float((_reference(method, case.sample, seen.site, seen.operands, _seed(i)) - exact)
+              .square().sum())
+        for i in range(DRAWS)
+    ]  # fmt: skip
+    measured = sum(squared) / DRAWS
+    assert measured / NOISE_FACTOR <= predicted <= measured * NOISE_FACTOR
 
 
 def _sampled_rows(scale: float) -> Method:

@@ -1,0 +1,132 @@
+"""Whole training steps under plans made by hand, against Inductor: the step table.
+
+    python -m benchmarks.plans
+    python -m benchmarks.plans --models resnet20 --plans int8 --dtype bf16 --profile
+
+A plan names methods for all layers but the first; what a method refuses stays exact. `--profile`
+prints where the time of a step goes, exact and planned.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import graphpass
+from benchmarks.timing import paired, ratio, write_results
+from benchmarks.training_step import BATCH, Case, Step, make_step
+
+MODELS = ("resnet20", "vgg19", "resnet18", "wrn-16-4", "vit", "mlp")
+Specs = list[dict[str, Any]]
+
+
+def _every(name: str, *gradients: str) -> Specs:
+    return [{"name": name, "gradient": gradient} for gradient in gradients]
+
+
+BACKWARD = ("weight", "input")
+PLANS: dict[str, Specs] = {
+    "bf16": _every("bf16", "forward", *BACKWARD),
+    "int8": _every("int8", *BACKWARD),
+    "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
+    "prune": _every("prune", *BACKWARD),
+    "pixels": _every("pixels", "weight"),
+    "topk": _every("topk", "weight"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write the results."""
+    given = _parse(argv)
+    torch.set_num_threads(given.threads)
+    console, record = Console(), {}
+    for name in given.models:
+        case = Case(name, given.dtype, given.nchw)
+        record[name] = measure(case, given)
+        console.print(_table(case, record[name]))
+    described = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw, "models": record}
+    console.print(f"written to {write_results(given.output, described)}")
+
+
+def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
+    """Return step times of one model under every plan."""
+    runs: dict[str, Step] = {}
+    reports = {}
+    exact = make_step(case, None)
+    for plan in given.plans:
+        runs[plan] = make_step(case, options_of(case, PLANS[plan]))
+        reports[plan] = graphpass.reports()[-1]
+    if given.profile:
+        for name, run in {"inductor": exact, **runs}.items():
+            Console().print(f"{case.name} {name}", _profile(run))
+    seconds = paired(exact, runs, given.rounds, repeat=2)
+    exact_s = statistics.median(base for _, bases in seconds.values() for base in bases)
+    rows = {}
+    for name, (mine, bases) in seconds.items():
+        rows[name] = {
+            "median_s": statistics.median(mine),
+            "speedup": ratio(bases, mine),
+            "approximated_sites": len(reports[name].approximated),
+            "sites": len(reports[name].rows),
+            "saved_for_backward_bytes": {
+                "exact": reports[name].exact_saved_bytes,
+                "planned": reports[name].planned_saved_bytes,
+            },
+        }
+    return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows}
+
+
+def options_of(case: Case, specs: Specs) -> dict[str, Any]:
+    """Return backend options that apply methods to every layer but the first."""
+    layers = dict.fromkeys(case.layers()[1:], specs)
+    return {"methods": layers, "gradients": ("forward", *BACKWARD), "strict": True}
+
+
+def _profile(step: Step) -> str:
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    table: str = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14)
+    return table
+
+
+def _table(case: Case, result: dict[str, Any]) -> Table:
+    layout = "NCHW" if case.nchw else "channels_last"
+    table = Table(
+        title=f"{case.name}, batch {BATCH}, {case.dtype}, {layout}; "
+        f"Inductor {1e3 * result['exact_s']:.1f} ms a step"
+    )
+    for column in ("plan", "products", "ms", "times faster", "quartiles"):
+        table.add_column(column)
+    for plan, row in result["plans"].items():
+        faster = row["speedup"]
+        table.add_row(
+            plan,
+            f"{row['approximated_sites']} of {row['sites']}",
+            f"{1e3 * row['median_s']:.1f}",
+            f"{faster['median']:.2f}",
+            f"{faster['low_quartile']:.2f} to {faster['high_quartile']:.2f}",
+        )
+    return table
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=tuple(PLANS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--nchw", action="store_true", help="instead of channels_last")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--output", default="plans", help="name of the results file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
