@@ -43,7 +43,7 @@ def report_table(report: Report) -> str:
     for name in ("MFLOP exact", "planned", "MB moved exact", "planned"):
         table.add_column(name, justify="right")
     for row in report.rows:
-        if row.gradient == "forward":
+        if row.gradient == "forward" and row.method == "exact":
             continue
         _add_row(
             table,
@@ -73,7 +73,7 @@ def totals(report: Report) -> list[str]:
     """Return what the rows of a report add up to, a line each."""
     exact = sum(row.exact_flops for row in report.rows)
     planned = sum(row.planned_flops for row in report.rows)
-    forward = [row for row in report.rows if row.gradient == "forward"]
+    forward = [row for row in report.rows if (row.gradient, row.method) == ("forward", "exact")]
     saved = report.planned_saved_bytes
     kept = "not known" if saved is None else f"{saved / 1e6:.2f} MB"
     lines = [
@@ -85,6 +85,8 @@ def totals(report: Report) -> list[str]:
         "planned product approximated",
         f"compiled variants: {report.variants}",
     ]
+    if report.plain_torch:
+        lines.append(f"methods run in plain torch, without kernels: {report.plain_torch}")
     if report.sizes:
         sizes = ", ".join(f"{name} = {value}" for name, value in sorted(report.sizes.items()))
         lines.append(f"dynamic sizes; figures are for {sizes}")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from codegen import build
 from codegen.cache import write_atomically
 from cost_model import Cost
 from graphpass import figures, memory, render
@@ -65,6 +66,8 @@ class Report:
         variants: number of compiled variants.
         sizes: value of each dynamic size that the figures are for.
         note: why the whole graph is exact; "" otherwise.
+        plain_torch: why no kernel of ours can be built here, so that methods run in plain torch;
+            "" where they can.
     """
 
     rows: tuple[Row, ...]
@@ -75,6 +78,7 @@ class Report:
     variants: int
     sizes: Mapping[str, int]
     note: str = ""
+    plain_torch: str = ""
 
     @property
     def approximated(self) -> tuple[Row, ...]:
@@ -173,6 +177,7 @@ class TrainingGraph:
             variants=len(self.log.compiled),
             sizes=dict(analysis.hints),
             note=Reason.NESTED_REGION.value if analysis.nested else "",
+            plain_torch=tools if isinstance(tools := build.toolchain(), str) else "",
         )
 
     def _planned_saved_bytes(self) -> int | None:
