@@ -50,8 +50,9 @@ def reference(
     maps = grad.flatten(2)
     positions = maps.abs().topk(k, dim=2).indices if k > 1 else maps.abs().argmax(2, keepdim=True)
     values = maps.gather(2, positions)
-    rest = maps.sum(2, keepdim=True) - values.sum(2, keepdim=True)
-    kept = torch.zeros_like(maps).scatter(2, positions, values + rest / k).view_as(grad)
+    total = maps.sum(2, keepdim=True)
+    values = values + (total - values.sum(2, keepdim=True)) / k if k > 1 else total
+    kept = torch.zeros_like(maps).scatter(2, positions, values).view_as(grad)
     weight = fake(grad, x, kernel, stride, padding, dilation, groups, k, scale)
     # A convolution's three products are computed by one operator; the mask asks for dw alone.
     dw: Tensor = aten.convolution_backward(
@@ -258,7 +259,9 @@ def samples() -> tuple[Sample, ...]:
     plain = _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1))
 
     def not_a_number(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return grad.index_fill(1, torch.tensor([2]), torch.nan), x
+        grad = grad.clone()
+        grad[:, 2, 4, 3], grad[:, 5, 3, 2] = torch.nan, torch.inf
+        return grad, x
 
     return (
         plain,

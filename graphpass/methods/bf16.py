@@ -39,7 +39,8 @@ def cost(site: Site, params: Params) -> Cost:
     """Return the cost of rounding both operands, and of the product of half as many bytes."""
     del params
     exact, half = site.cost, torch.bfloat16.itemsize / site.itemsize
-    product = Cost(exact.flops, exact.bytes_read * half, exact.bytes_written * half)
+    # The result is converted as it is written.
+    product = Cost(exact.flops, exact.bytes_read * half, exact.bytes_written)
     # Each operand is read once as it is and written once rounded.
     for shape in _read(site):
         count = element_count(shape)
