@@ -94,7 +94,7 @@ def _rules(options: Options) -> list[_Rule]:
     return [
         _rule(pattern, spec)
         for pattern, specs in options.methods.items()
-        for spec in (specs if isinstance(specs, list | tuple) else (specs,))
+        for spec in (specs if isinstance(specs, list | tuple) and specs else (specs,))
     ]
 
 

@@ -101,11 +101,19 @@ def _rewrite_convolution(graph: Graph, node: Node, group: list[Replacement], see
             new = _approximate(graph, node, replacement, operands, seed, like=user)
             fired += 1
         else:
-            reads_input = any("input" in r.method.operands(r.site, r.params) for r in group)
-            new = _exact_part(graph, node, int(index), reads_input or _is_kept_anyway(node))  # type: ignore[arg-type]
+            new = _exact_part(graph, node, int(index), _input_is_kept(node, group))  # type: ignore[arg-type]
         _replace(graph, user, new)
     graph.erase_node(node)
     return fired
+
+
+def _input_is_kept(node: Node, group: list[Replacement]) -> bool:
+    """Return whether backward needs the convolution's input, whatever its exact products read."""
+    readers = [r.method for r in group if "input" in r.method.operands(r.site, r.params)]
+    if not readers:
+        return _is_kept_anyway(node)
+    # A rounded copy is kept in its place, and serves whatever else would need it (see `masks`).
+    return any(method.computes_in is None for method in readers)
 
 
 def _is_kept_anyway(node: Node) -> bool:
