@@ -1,0 +1,116 @@
+"""Tensors of 8-bit numbers: their layout, and the C++ that several kernels over them share.
+
+A tensor [B, C, H, W] is kept as bytes in the order [B, H, W, C], each value plus 128, with a border
+of zeros (that is, 128) around every image, so that the taps of a convolution need no test. After
+the last value follow `SLACK` bytes, so that a vector may be read from where the last pixel begins.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from codegen import build
+
+ZERO = 128
+SLACK = 64
+# Largest magnitude: -128 is left out, so that the numbers are symmetric.
+LARGEST = 127
+
+
+def padded(size: list[int], before: list[int], after: list[int]) -> tuple[int, int, int, int]:
+    """Return [B, H, W, C] with the border, of a tensor of size [B, C, H, W]."""
+    batch, channels, height, width = size
+    return batch, before[0] + height + after[0], before[1] + width + after[1], channels
+
+
+def to_bytes(values: Tensor, before: list[int], after: list[int]) -> Tensor:
+    """Return the layout above of integers in [-127, 127]: [B, C, H, W] -> uint8, flat."""
+    border = [before[1], after[1], before[0], after[0]]
+    pixels = torch.nn.functional.pad(values + ZERO, border, value=ZERO).permute(0, 2, 3, 1)
+    return torch.nn.functional.pad(pixels.to(torch.uint8).reshape(-1), [0, SLACK], value=ZERO)
+
+
+def from_bytes(
+    bytes_: Tensor, size: list[int], before: list[int], after: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Return the integers, without border: uint8, flat -> [B, C, H, W] of `dtype`."""
+    shape = padded(size, before, after)
+    pixels = bytes_[: math.prod(shape)].view(shape).permute(0, 3, 1, 2).to(dtype) - ZERO
+    inside = pixels[:, :, before[0] : before[0] + size[2], before[1] : before[1] + size[3]]
+    return inside.contiguous(memory_format=torch.channels_last)
+
+
+def input_border(
+    size: list[int],
+    out: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[list[int], list[int]]:
+    """Return the border that the input of a convolution needs, before and after each axis.
+
+    Args:
+        size: the input's spatial sizes.
+        out: the output's.
+        kernel: the kernel's.
+        stride: one number an axis.
+        padding: one number an axis.
+        dilation: one number an axis.
+    """
+    after = [
+        max(0, (out[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] - padding[i] - size[i] + 1)
+        for i in range(2)
+    ]
+    return list(padding), after
+
+
+def grad_border(
+    size: list[int],
+    out: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[list[int], list[int]]:
+    """Return the border that the output gradient needs, for the input gradient to be computed."""
+    before = [max(0, ((kernel[i] - 1) * dilation[i] - padding[i]) // stride[i]) for i in range(2)]
+    after = [max(0, (size[i] - 1 + padding[i]) // stride[i] - out[i] + 1) for i in range(2)]
+    return before, after
+
+
+def unsupported() -> str | None:
+    """Return why this machine cannot multiply bytes; None if it can."""
+    tools = build.toolchain()
+    if isinstance(tools, str):
+        return tools
+    return None if tools.avx512 and tools.vnni else "the processor has no AVX-512 VNNI"
+
+
+# Interleaving makes neighbours of the four values that one VNNI instruction contracts.
+INTERLEAVE = r"""
+alignas(64) static const uint8_t ZEROS[64] = {
+    128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128,
+    128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128,
+    128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128,
+    128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
+
+// sum += four products a lane. As an intrinsic, GCC 12 moves the sum through another register, and
+// tiles that fill the register file are spilled: half the speed.
+static inline void dot4(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// 16 bytes of each of four rows -> 16 quadruples, in order.
+static inline __m512i interleave16(const uint8_t* const* row) {
+  __m128i r[4];
+  for (int i = 0; i < 4; i++) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[i]));
+  __m128i low01 = _mm_unpacklo_epi8(r[0], r[1]), low23 = _mm_unpacklo_epi8(r[2], r[3]);
+  __m128i high01 = _mm_unpackhi_epi8(r[0], r[1]), high23 = _mm_unpackhi_epi8(r[2], r[3]);
+  __m512i result = _mm512_castsi128_si512(_mm_unpacklo_epi16(low01, low23));
+  result = _mm512_inserti32x4(result, _mm_unpackhi_epi16(low01, low23), 1);
+  result = _mm512_inserti32x4(result, _mm_unpacklo_epi16(high01, high23), 2);
+  return _mm512_inserti32x4(result, _mm_unpackhi_epi16(high01, high23), 3);
+}
+"""

@@ -1,0 +1,432 @@
+"""The weight gradient of a convolution of 8-bit numbers.
+
+    dw = H(g * grad_scale, x * input_scale)
+
+with the integer product exact but for the rounding of sums over thousands of pixels to float32.
+Contracted are output pixels, four at a time. For a chunk of pixels, g is packed once, and one
+panel after the other of up to 64 columns of x: within a row of the kernel, taps and channels of
+x's bordered pixels are one contiguous run of columns, which all rows of the kernel share. Then
+tiles of output channels by columns stay in registers while the chunk's pixels are run through.
+x is read as unsigned bytes, value + 128: the 128 times the sum of g is what the sums start from.
+The order of additions depends on nothing but the shapes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import cpp, int8
+from codegen.kernel import Kernel, Sample, Source, register
+
+aten = torch.ops.aten
+
+# Quadruples of pixels in a chunk: with these a panel, 32 KB, stays in the L1 cache; where dw is
+# large, reading and writing it must be worth it.
+_QUADS, _QUADS_LARGE, _LARGE_BYTES = 128, 512, 512 * 1024
+# Packed g may take this much of the L2 cache.
+_GRAD_BYTES = 1 << 20
+# The work is cut into about this many pieces, whatever the number of threads.
+_TASKS = 8
+
+
+def reference(
+    grad: Tensor,
+    x: Tensor,
+    grad_scale: Tensor,
+    input_scale: Tensor,
+    out_size: list[int],
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Return the weight gradient.
+
+    Args:
+        grad: g [B, Co, OH, OW] in the layout of `codegen.int8`, with `grad_border`.
+        x: [B, Ci, IH, IW] in that layout, with `input_border`.
+        grad_scale: float, 0-d: what one step of `grad` is worth.
+        input_scale: the same of `x`.
+        out_size: [B, Co, OH, OW].
+        size: [B, Ci, IH, IW].
+        kernel: the kernel's spatial sizes.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        channels_last: memory format of the result.
+
+    Returns:
+        dw [Co, Ci/groups, *kernel], of the scales' type.
+    """
+    wide = grad_scale.dtype
+    axes = kernel, stride, padding, dilation
+    g = int8.from_bytes(grad, out_size, *int8.grad_border(size[2:], out_size[2:], *axes), wide)
+    values = int8.from_bytes(x, size, *int8.input_border(size[2:], out_size[2:], *axes), wide)
+    result = fake(
+        grad, x, grad_scale, input_scale, out_size, size, *axes, groups, channels_last
+    )
+    dw: Tensor = aten.convolution_backward(
+        g, values, torch.empty_like(result), None, stride, padding, dilation, False, [0, 0], groups,
+        [False, True, False],
+    )[1]  # fmt: skip
+    return result.copy_(dw * grad_scale * input_scale)
+
+
+def fake(
+    grad: Tensor,
+    x: Tensor,
+    grad_scale: Tensor,
+    input_scale: Tensor,
+    out_size: list[int],
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Return an uninitialised weight gradient."""
+    del x, input_scale, stride, padding, dilation
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (out_size[1], size[1] // groups, *kernel)
+    return torch.empty(shape, dtype=grad_scale.dtype, device=grad.device, memory_format=layout)
+
+
+def emit_cpp(
+    grad: Tensor,
+    x: Tensor,
+    grad_scale: Tensor,
+    input_scale: Tensor,
+    out_size: list[int],
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Source | str:
+    """Return the source for convolutions of two spatial axes."""
+    del grad, x
+    if (reason := int8.unsupported()) is not None:
+        return reason
+    if not grad_scale.dtype == input_scale.dtype == torch.float32:
+        return "the scales are no float32"
+    axes = kernel, stride, padding, dilation
+    grad_border = int8.grad_border(size[2:], out_size[2:], *axes)
+    batch, out_height, out_width, out_channels = int8.padded(out_size, [0, 0], [0, 0])
+    _, grad_height, grad_width, _ = int8.padded(out_size, *grad_border)
+    _, height, width, channels = int8.padded(
+        size, *int8.input_border(size[2:], out_size[2:], *axes)
+    )
+    if kernel == [1, 1] and (out_height, out_width) == (grad_height, grad_width) == (height, width):
+        # All pixels of all images are one row.
+        out_width = grad_width = width = batch * height * width
+        batch = out_height = grad_height = height = 1
+    # Within a row of the kernel, taps and channels are contiguous; else every tap is for itself.
+    wide = dilation[1] == 1 and groups == 1
+    segments, length = (1, kernel[1] * channels) if wide else (kernel[1], channels // groups)
+    panels = segments * -(-length // 64)
+    dw_bytes = groups * kernel[0] * panels * (out_channels // groups) * 256
+    images, rows, columns = _chunk(out_height, out_width, out_channels // groups, dw_bytes)
+    chunks = -(-batch // images) * -(-out_height // rows) * -(-out_width // columns)
+    splits = max(1, min(chunks, _TASKS, (2 << 20) // dw_bytes))
+    constants: dict[str, Any] = {
+        "B": batch, "CO": out_channels, "CI": channels, "GROUPS": groups,
+        "OH": out_height, "OW": out_width, "GHP": grad_height, "GWP": grad_width,
+        "TOP": grad_border[0][0], "LEFT": grad_border[0][1], "XHP": height, "XWP": width,
+        "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
+        "DH": dilation[0], "DW": dilation[1], "SEGMENTS": segments, "LENGTH": length,
+        "IMAGES": images, "ROWS": rows, "COLUMNS": columns,
+        "SPLITS": splits, "PARTS": min(groups * panels, -(-_TASKS // splits)),
+        "CHANNELS_LAST": channels_last,
+    }  # fmt: skip
+    return Source(cpp.source(constants, int8.INTERLEAVE + _BODY), splits * dw_bytes)
+
+
+def _chunk(height: int, width: int, channels: int, dw_bytes: int) -> tuple[int, int, int]:
+    """Return the images, the rows of each and the pixels of each row that are packed together."""
+    quads = _QUADS if dw_bytes <= _LARGE_BYTES else _QUADS_LARGE
+    quads = max(16, min(quads, _GRAD_BYTES // (16 * -(-channels // 4))))
+    row = -(-width // 4)
+    if row > quads:
+        return 1, 1, 4 * quads
+    if row * height > quads:
+        return 1, quads // row, width
+    return quads // (row * height), height, width
+
+
+_BODY = r"""
+constexpr long CG = CI / GROUPS, OG = CO / GROUPS, STEP = (OG + 15) / 16 * 16;
+// Panels of four vectors, and how many vectors the last panel has if it has fewer.
+constexpr long FULL = (LENGTH + 15) / 64, REST = (std::max(0L, LENGTH - FULL * 64) + 15) / 16;
+constexpr long EACH = FULL + (REST > 0), PANELS = SEGMENTS * EACH;
+// Quadruples of pixels in a row, an image and a chunk.
+constexpr long QUADS = (COLUMNS + 3) / 4, IMAGE = ROWS * QUADS, CHUNK = IMAGES * IMAGE;
+// Rows of x that an image of a chunk looks at, apart by their phase of the stride.
+constexpr long SLOTS = ROWS + (KH - 1) * DH / SH;
+constexpr long BANDS = (OH + ROWS - 1) / ROWS, STRIPS = (OW + COLUMNS - 1) / COLUMNS;
+constexpr long CHUNKS = (B + IMAGES - 1) / IMAGES * BANDS * STRIPS;
+constexpr long TILE = FULL ? 6 : 8;  // output channels of a tile: at most 24 registers
+constexpr long TILES = (OG + TILE - 1) / TILE;
+
+struct Chunk {
+  long image, row, column, images, rows, columns, quads;
+  explicit Chunk(long i) {
+    column = i % STRIPS * COLUMNS, row = i / STRIPS % BANDS * ROWS, image = i / STRIPS / BANDS * IMAGES;
+    images = std::min(IMAGES, B - image), rows = std::min(ROWS, OH - row);
+    columns = std::min(COLUMNS, OW - column), quads = (columns + 3) / 4;
+  }
+};
+
+struct Packed {
+  alignas(64) int8_t grad[TILES * CHUNK * TILE * 4];      // [tile][quad][channel][4]
+  alignas(64) uint8_t x[IMAGES * SH * SLOTS * QUADS * 256];  // [image][phase][slot][quad][64][4]
+  alignas(64) int32_t start[STEP];                        // -128 times the sum of g
+};
+
+static void pack_grad(const uint8_t* grad, const Chunk& chunk, Packed& packed) {
+  long count = chunk.images * chunk.rows * chunk.quads;
+  for (long o = 0; o < OG; o += 16) {
+    __m512i sum = _mm512_setzero_si512();
+    long at = 0;
+    for (long b = 0; b < chunk.images; b++)
+      for (long h = 0; h < chunk.rows; h++)
+        for (long q = 0; q < chunk.quads; q++, at++) {
+          const uint8_t* rows[4];
+          const uint8_t* first = grad + (((chunk.image + b) * GHP + TOP + chunk.row + h) * GWP
+                                         + LEFT + chunk.column + 4 * q) * CO + o;
+          for (long i = 0; i < 4; i++) rows[i] = 4 * q + i < chunk.columns ? first + i * CO : ZEROS;
+          __m512i values = _mm512_xor_si512(interleave16(rows), _mm512_set1_epi8(char(0x80)));
+          dot4(sum, _mm512_set1_epi8(1), values);
+          alignas(64) int32_t four[16];
+          _mm512_store_si512(four, values);
+          for (long c = o; c < std::min(OG, o + 16); c++)
+            std::memcpy(packed.grad + ((c / TILE * count + at) * TILE + c % TILE) * 4,
+                        four + c - o, 4);
+        }
+    sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128));
+    _mm512_store_si512(packed.start + o, sum);
+  }
+}
+
+// Four pixels by 64 columns, in the order that unpacking within 128-bit lanes leaves them.
+static inline void interleave64(const uint8_t* const* row, uint8_t* into) {
+  __m512i r[4];
+  for (int i = 0; i < 4; i++) r[i] = _mm512_loadu_si512(row[i]);
+  __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]), low23 = _mm512_unpacklo_epi8(r[2], r[3]);
+  __m512i high01 = _mm512_unpackhi_epi8(r[0], r[1]), high23 = _mm512_unpackhi_epi8(r[2], r[3]);
+  _mm512_store_si512(into, _mm512_unpacklo_epi16(low01, low23));
+  _mm512_store_si512(into + 64, _mm512_unpackhi_epi16(low01, low23));
+  _mm512_store_si512(into + 128, _mm512_unpacklo_epi16(high01, high23));
+  _mm512_store_si512(into + 192, _mm512_unpackhi_epi16(high01, high23));
+}
+
+template <long N>
+static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
+  for (long b = 0; b < chunk.images; b++)
+    for (long phase = 0; phase < SH; phase++)
+      for (long slot = 0; slot < SLOTS; slot++) {
+        long h = slot * SH + phase;
+        if (h > (chunk.rows - 1) * SH + (KH - 1) * DH) continue;
+        const uint8_t* row = x + ((chunk.image + b) * XHP + chunk.row * SH + h) * XWP * CI;
+        uint8_t* to = into + ((b * SH + phase) * SLOTS + slot) * QUADS * 64 * N;
+        for (long q = 0; q < chunk.quads; q++, to += 64 * N) {
+          const uint8_t* rows[4];
+          for (long i = 0; i < 4; i++) {
+            // Past the row's end g is 0: any pixel will do.
+            long w = chunk.column + std::min(4 * q + i, chunk.columns - 1);
+            rows[i] = row + w * SW * CI;
+          }
+          if constexpr (N == 4 && FULL > 0) {
+            interleave64(rows, to);
+          } else {
+            for (long n = 0; n < N; n++) {
+              _mm512_store_si512(to + 64 * n, interleave16(rows));
+              for (long i = 0; i < 4; i++) rows[i] += 16;
+            }
+          }
+        }
+      }
+}
+
+// dw of M output channels by 16 * N columns, over one chunk.
+template <long M, long N>
+static inline void multiply(const Packed& packed, const Chunk& chunk, long tile, long kh, float* dw,
+                            bool first) {
+  __m512i sum[M][N];
+#pragma GCC unroll 16
+  for (long m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (long n = 0; n < N; n++) sum[m][n] = _mm512_set1_epi32(packed.start[tile * TILE + m]);
+  // Rows follow each other without a gap: only a chunk of a single row has less than QUADS in it.
+  long quads = chunk.rows * chunk.quads;
+  const int8_t* grad = packed.grad + tile * chunk.images * quads * TILE * 4;
+  for (long b = 0; b < chunk.images; b++) {
+    long slot = (b * SH + kh * DH % SH) * SLOTS + kh * DH / SH;
+    const uint8_t* x = packed.x + slot * QUADS * 64 * N;
+    for (long q = 0; q < quads; q++, x += 64 * N, grad += 4 * TILE) {
+      __m512i values[N];
+#pragma GCC unroll 4
+      for (long n = 0; n < N; n++) values[n] = _mm512_load_si512(x + 64 * n);
+#pragma GCC unroll 16
+      for (long m = 0; m < M; m++) {
+        int32_t four;
+        std::memcpy(&four, grad + 4 * m, 4);
+        __m512i pixels = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (long n = 0; n < N; n++) dot4(sum[m][n], values[n], pixels);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (long m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (long n = 0; n < N; n++) {
+      float* at = dw + m * 64 + 16 * n;
+      __m512 value = _mm512_cvtepi32_ps(sum[m][n]);
+      _mm512_store_ps(at, first ? value : _mm512_add_ps(_mm512_load_ps(at), value));
+    }
+}
+
+// Partial sums: [split][group][panel][kh][OG][64].
+static inline float* partial(float* sums, long split, long which, long kh) {
+  return sums + ((split * GROUPS * PANELS + which) * KH + kh) * OG * 64;
+}
+
+template <long N>
+static void panel(const uint8_t* x, const Chunk& chunk, Packed& packed, float* sums, bool first) {
+  pack_input<N>(x, chunk, packed.x);
+  for (long kh = 0; kh < KH; kh++, sums += OG * 64)
+    for (long tile = 0; tile < TILES; tile++) {
+      float* dw = sums + tile * TILE * 64;
+      constexpr long LEFT_OVER = OG % TILE ? OG % TILE : TILE;
+      if (tile < TILES - 1) multiply<TILE, N>(packed, chunk, tile, kh, dw, first);
+      else multiply<LEFT_OVER, N>(packed, chunk, tile, kh, dw, first);
+    }
+}
+
+static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long task) {
+  static thread_local Packed packed;
+  long split = task / PARTS, part = task % PARTS, all = GROUPS * PANELS;
+  long begin = part * all / PARTS, end = (part + 1) * all / PARTS;
+  long from = split * CHUNKS / SPLITS, to = (split + 1) * CHUNKS / SPLITS;
+  for (long i = from; i < to; i++) {
+    Chunk chunk(i);
+    for (long which = begin; which < end; which++) {
+      long group = which / PANELS, segment = which % PANELS / EACH, block = which % EACH;
+      if (which == begin || which % PANELS == 0) pack_grad(grad + group * OG, chunk, packed);
+      const uint8_t* columns = x + segment * DW * CI + group * CG + block * 64;
+      float* into = partial(sums, split, which, 0);
+      if (block < FULL) panel<4>(columns, chunk, packed, into, i == from);
+      else if constexpr (REST > 0) panel<REST>(columns, chunk, packed, into, i == from);
+    }
+  }
+}
+
+static void kernel(void* const* t) {
+  const uint8_t* grad = static_cast<const uint8_t*>(t[0]);
+  const uint8_t* x = static_cast<const uint8_t*>(t[1]);
+  float grad_scale = *static_cast<const float*>(t[2]);
+  float input_scale = *static_cast<const float*>(t[3]);
+  float* out = static_cast<float*>(t[4]);
+  float* sums = static_cast<float*>(t[5]);
+  parallel(SPLITS * PARTS, [&](long task) { accumulate(grad, x, sums, task); });
+
+  parallel(CO, [&](long o) {
+    float* filter = out + o * KH * KW * CG;
+    for (long kh = 0; kh < KH; kh++)
+      for (long p = 0; p < PANELS; p++) {
+        alignas(64) float sum[64];
+        long segment = p / EACH, block = p % EACH, which = o / OG * PANELS + p;
+        long vectors = block < FULL ? 4 : REST;
+        for (long j = 0; j < 16 * vectors; j++) {
+          sum[j] = 0;
+          for (long s = 0; s < SPLITS; s++)
+            sum[j] += partial(sums, s, which, kh)[o % OG * 64 + j];
+          sum[j] = sum[j] * grad_scale * input_scale;
+        }
+        for (long j = 0; j < std::min(64L, LENGTH - block * 64); j += 4) {
+          // interleave64 leaves four columns of each 128-bit lane in one vector.
+          long from = block < FULL ? j / 4 % 4 * 16 + j / 16 * 4 : j;
+          for (long i = 0; i < std::min(4L, LENGTH - block * 64 - j); i++) {
+            long column = segment * CG + block * 64 + j + i, kw = column / CG, c = column % CG;
+            filter[CHANNELS_LAST ? kh * KW * CG + column : (c * KH + kh) * KW + kw] = sum[from + i];
+          }
+        }
+      }
+  });
+}
+"""
+
+
+def _sample(
+    batch: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
+    channels_last: bool = True,
+    scale: float = 0.01,
+) -> Sample:
+    """Return a problem; `geometry` is stride, padding, dilation and groups."""
+    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
+    out = [
+        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for side, taps in zip(size, kernel, strict=True)
+    ]
+    axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
+    geometry_ = list(size), out, list(kernel), *axes
+
+    def args() -> tuple[Any, ...]:
+        random = torch.Generator().manual_seed(batch)
+        g = torch.randint(-127, 128, (batch, out_channels, *out), generator=random)
+        x = torch.randint(-127, 128, (batch, in_channels, *size), generator=random)
+        sizes = [batch, out_channels, *out], [batch, in_channels, *size], list(kernel)
+        return (
+            int8.to_bytes(g, *int8.grad_border(*geometry_)),
+            int8.to_bytes(x, *int8.input_border(*geometry_)),
+            torch.tensor(scale), torch.tensor(0.5), *sizes, *axes, groups, channels_last,
+        )  # fmt: skip
+
+    return Sample(args, length=batch * out[0] * out[1])
+
+
+def samples() -> tuple[Sample, ...]:
+    """Return convolutions of every geometry, both layouts, odd sizes, and NaN."""
+    return (
+        _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1)),
+        _sample(2, (1, 1), (5, 5), (1, 1)),
+        _sample(1, (3, 63), (9, 8), (5, 5), (2, 2, 1, 1)),
+        _sample(2, (63, 3), (16, 15), (3, 3), (2, 1, 1, 1)),
+        _sample(2, (6, 4), (11, 10), (3, 2), (2, 3, 2, 2), channels_last=False),
+        _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
+        _sample(2, (64, 32), (33, 34), (3, 3), (1, 1, 1, 1), channels_last=False),
+        _sample(40, (80, 16), (4, 4), (3, 3), (1, 1, 1, 1)),
+        _sample(1, (100, 36), (1, 705), (1, 1)),
+        _sample(2, (8, 8), (6, 6), (1, 1), (2, 1, 1, 1)),
+        _sample(2, (8, 8), (6, 6), (1, 1), (3, 0, 1, 1)),
+        _sample(2, (8, 8), (5, 600), (2, 3), (1, 1, 2, 1)),
+        _sample(2, (8, 8), (5, 5), (3, 3), (1, 1, 1, 1), scale=float("nan")),
+        _sample(2, (8, 8), (5, 5), (3, 3), (1, 1, 1, 1), scale=float("inf")),
+    )
+
+
+register(
+    Kernel(
+        name="int8_wgrad",
+        schema="(Tensor grad, Tensor x, Tensor grad_scale, Tensor input_scale, "
+        "int[] out_size, int[] size, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+        "int groups, bool channels_last) -> Tensor",
+        reference=reference,
+        fake=fake,
+        emit_cpp=emit_cpp,
+        samples=samples,
+    )
+)
