@@ -212,7 +212,7 @@ def _hints(graph: Graph) -> dict[str, int]:
 def _saved_bytes(forward: Graph, user_outputs: int, parameters: frozenset[int]) -> int:
     """Return the bytes of distinct storages that the forward part keeps for backward."""
     kept = {
-        joint_graph.source_of(value)
+        joint_graph.storage_of(value)
         for value in joint_graph.output_values(forward)[user_outputs:]
         if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
     }

@@ -17,11 +17,10 @@ from cost_model import Shape
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-# Operations that move, relabel or cast values without computing with them.
-_VIEWS = frozenset(
+# Operations that show the same memory in another way.
+_ALIASES = frozenset(
     {
         aten.view.default,
-        aten.reshape.default,
         aten._unsafe_view.default,
         aten.permute.default,
         aten.transpose.int,
@@ -31,13 +30,17 @@ _VIEWS = frozenset(
         aten.squeeze.dims,
         aten.squeeze.default,
         aten.unsqueeze.default,
-        aten.clone.default,
         aten.alias.default,
         aten.detach.default,
-        aten._to_copy.default,
-        prims.convert_element_type.default,
     }
 )
+# Operations that move, relabel or cast values without computing with them.
+_VIEWS = _ALIASES | {
+    aten.reshape.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    prims.convert_element_type.default,
+}
 
 
 def is_backward(node: Node) -> bool:
@@ -48,6 +51,13 @@ def is_backward(node: Node) -> bool:
 def source_of(node: Node) -> Node:
     """Return the node whose values `node` shows through views, copies and casts."""
     while node.target in _VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def storage_of(node: Node) -> Node:
+    """Return the node that made the memory `node` shows."""
+    while node.target in _ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

@@ -8,7 +8,6 @@ from torch.fx import Graph
 import graphpass
 from graphpass import masks, rewrite
 
-
 # The forward product makes the copy; the weight gradient keeps it.
 ROUNDED = {"conv2": [{"name": "bf16", "gradient": which} for which in ("forward", "weight")]}
 
