@@ -1,0 +1,145 @@
+"""Sample rows: a fixed number of rows, each with probability proportional to its mass.
+
+The masses m[i] of a segment of rows add up to M. The interval [0, M) is cut into R strata of equal
+length, one point is drawn uniformly in each, and the row is taken whose share of the interval the
+point falls into, with weight M / (R m[i]):
+
+    E[number of times i is taken] = R m[i] / M,     so     E[sum of weights of i] = 1.
+
+A row is taken R m[i] / M times, give or take less than two: the variance is less than that of
+independent draws. Segments of equal length are sampled one by one. Rows come in ascending order. Masses of zero are never taken; where all are zero, weights are
+zero. If a mass is NaN or infinite, weights of the segment are NaN: what is sampled shows it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import cpp, draws
+from codegen.kernel import Kernel, Sample, Source, register
+
+
+def reference(
+    mass: Tensor, seed: Tensor, salt: int, segments: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return numbers and weights of the rows that are taken.
+
+    Args:
+        mass: [n], not negative.
+        seed: int64, 0-d.
+        salt: tells apart the draws that share a seed.
+        segments: S, divides n.
+        count: R, rows taken of every segment.
+
+    Returns:
+        int64 [S * R], ascending, and weights [S * R] of the type of `mass`.
+    """
+    points = draws.uniform(seed, segments * count, salt).double().view(segments, count)
+    return choose(mass, points, segments, count)
+
+
+def choose(mass: Tensor, points: Tensor, segments: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the same from the points' positions in their strata, float64 [S, R] in (0, 1)."""
+    masses = mass.view(segments, -1).double()
+    ends = masses.cumsum(1)
+    total = ends[:, -1:]
+    strata = torch.arange(count, device=mass.device) + points
+    sound = total.isfinite() & (total > 0)
+    # A segment that cannot be sampled is walked through evenly.
+    rows = masses.shape[1]
+    even = torch.arange(1, rows + 1, device=mass.device, dtype=torch.float64).expand_as(ends)
+    ends = torch.where(sound, ends, even)
+    length = torch.where(sound, total, float(rows)) / count
+    local = torch.searchsorted(ends.contiguous(), strata * length, right=True)
+    local = local.clamp(max=rows - 1)
+    taken = masses.gather(1, local)
+    weight = torch.where(taken > 0, length / taken, 0.0)
+    weight = torch.where(sound | (total == 0), weight, math.nan)
+    first = torch.arange(segments, device=mass.device)[:, None] * rows
+    return (local + first).flatten(), weight.to(mass.dtype).flatten()
+
+
+def fake(mass: Tensor, seed: Tensor, salt: int, segments: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised numbers and weights."""
+    del seed, salt
+    index = torch.empty(segments * count, dtype=torch.int64, device=mass.device)
+    return index, torch.empty(segments * count, dtype=mass.dtype, device=mass.device)
+
+
+def emit_cpp(mass: Tensor, seed: Tensor, salt: int, segments: int, count: int) -> Source | str:
+    """Return the source for masses in float32."""
+    del seed
+    if mass.dtype != torch.float32 or not mass.is_contiguous():
+        return "masses are not float32, or not contiguous"
+    constants = {
+        "SALT": salt, "SEGMENTS": segments, "R": count, "N": mass.shape[0] // segments,
+    }  # fmt: skip
+    return Source(cpp.source(constants, _BODY))
+
+
+_BODY = r"""
+static void kernel(void* const* t) {
+  const float* masses = static_cast<const float*>(t[0]);
+  uint32_t key = draw_key(*static_cast<const int64_t*>(t[1]), SALT);
+  int64_t* indices = static_cast<int64_t*>(t[2]);
+  float* weights = static_cast<float*>(t[3]);
+
+  parallel(SEGMENTS, [&](long segment) {
+    const float* mass = masses + segment * N;
+    double total = 0;
+    for (long i = 0; i < N; i++) total += mass[i];
+    bool sound = total > 0 && total <= 1.7e308;
+    double length = (sound ? total : double(N)) / R, end = 0;
+    long row = 0;
+    auto size = [&](long i) { return sound ? double(mass[i]) : 1.0; };
+    if (N > 0) end = size(0);
+    for (long j = 0; j < R; j++) {
+      double point = (double(j) + uniform(key, uint32_t(segment * R + j))) * length;
+      while (end <= point && row + 1 < N) end += size(++row);
+      double taken = mass[row];
+      double weight = taken > 0 ? length / taken : 0;
+      indices[segment * R + j] = segment * N + row;
+      weights[segment * R + j] = float(sound || total == 0 ? weight : NAN);
+    }
+  });
+}
+"""
+
+
+def _sample(rows: int, segments: int, count: int, zeros: int = 0, odd: float = 0.0) -> Sample:
+    def args() -> tuple[Any, ...]:
+        mass = torch.rand(rows, generator=torch.Generator().manual_seed(rows))
+        mass[rows - zeros :] = 0
+        if odd:
+            mass[1] = odd
+        return mass, torch.tensor(1234 + rows), 5, segments, count
+
+    return Sample(args, length=rows)
+
+
+def samples() -> tuple[Sample, ...]:
+    """Return one and several segments, few and many rows taken, and masses that cannot be used."""
+    return (
+        _sample(1000, 1, 250),
+        _sample(63, 1, 100),
+        _sample(120, 4, 7),
+        _sample(17, 1, 0),
+        _sample(1, 1, 3),
+        _sample(100, 5, 10, zeros=30),
+        _sample(60, 3, 9, odd=math.nan),
+        _sample(60, 3, 9, odd=math.inf),
+    )
+
+
+register(
+    Kernel(
+        name="sample_rows",
+        schema="(Tensor mass, Tensor seed, int salt, int segments, int count) -> (Tensor, Tensor)",
+        reference=reference,
+        fake=fake,
+        emit_cpp=emit_cpp,
+        samples=samples,
+    )
+)
