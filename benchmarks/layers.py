@@ -1,13 +1,19 @@
-"""Weight gradients of GA's eight convolutions: top-k as it is compiled here, against the vendor.
+"""Gradients of GA's eight convolutions: every method as it is compiled here, against the vendor.
 
-    python -m benchmarks.layers                 # writes results/layers.json
+    python -m benchmarks.layers
+    python -m benchmarks.layers --methods int8 topk --dtypes fp32 --threads 1
 
 The shapes are those of Table 1 of Wang, Nelaturu and Amarasinghe 2019: batch 128, 3x3, stride 1.
+Both sides get the memory format in which the vendor's product is fastest, channels_last here. A
+method's time is everything it adds to a step: selecting, quantising, pruning, and the product; the
+seconds of reading its operands once and doing its FLOPs at the machine's peak stand beside it.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +23,7 @@ from torch import Tensor
 
 import graphpass
 from benchmarks.timing import interleave, ratio, write_results
-from graphpass.methods.topk import Params
+from graphpass.method import Method, salt_of
 from graphpass.site import ConvGeometry, Gradient, Site
 
 BATCH = 128
@@ -27,92 +33,170 @@ SHAPES = (
     (64, 64, 32), (16, 16, 32), (32, 32, 16), (64, 64, 8),
 )  # fmt: skip
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRADIENTS = (Gradient.WEIGHT, Gradient.INPUT)
+
+Shape = tuple[int, int, int]
+Run = Callable[[], object]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every shape, print a table, write the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args(argv)
+    given = _parse(argv)
     torch.set_num_threads(given.threads)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for memory_format in (torch.channels_last, torch.contiguous_format):
-            rows += [measure(shape, dtype, memory_format, given.rounds) for shape in SHAPES]
-    Console().print(_table(rows))
-    Console().print(f"written to {write_results('layers', {'batch': BATCH, 'rows': rows})}")
+    console, rows = Console(), []
+    for name in given.dtypes:
+        for gradient in GRADIENTS:
+            for shape in SHAPES:
+                rows += measure(shape, DTYPES[name], gradient, given.methods, given.rounds)
+    console.print(_table(rows))
+    peaks = {name: peak_flops_per_s(DTYPES[name]) for name in given.dtypes}
+    record = {
+        "batch": BATCH, "peak_flops_per_s": peaks, "bandwidth_bytes_per_s": bandwidth_bytes_per_s(),
+        "rows": rows,
+    }  # fmt: skip
+    console.print(f"written to {write_results(given.output, record)}")
 
 
 def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, memory_format: torch.memory_format, rounds: int
-) -> dict[str, Any]:
-    """Return seconds of the exact and the top-1 weight gradient of one convolution."""
-    channels, filters, size = shape
-    x = torch.randn(BATCH, channels, size, size).to(dtype, memory_format=memory_format)
-    grad = torch.randn(BATCH, filters, size, size).to(dtype, memory_format=memory_format)
-    weight = torch.randn(filters, channels, 3, 3).to(dtype, memory_format=memory_format)
-    runs = {"exact": _exact(grad, x, weight), "topk": _topk(grad, x, weight)}
+    shape: Shape, dtype: torch.dtype, gradient: Gradient, names: Sequence[str], rounds: int
+) -> list[dict[str, Any]]:
+    """Return the seconds of the exact product and of every method that has a form for it."""
+    operands = _operands(shape, dtype)
+    site = _site(operands, gradient)
+    runs = {"exact": _exact(operands, gradient)}
+    chosen = {}
+    for name in names:
+        method = graphpass.methods()[name]
+        params = _parameters(method)
+        # A method that finds itself slower than the vendor is measured all the same.
+        if gradient in method.gradients and _has_form(method, site, params):
+            runs[name] = _lowered(method, params, site, operands)
+            chosen[name] = method.cost(site, params).evaluate()
     for run in runs.values():
         run()
     seconds = interleave(runs, rounds, repeat=2)
-    medians = {name: statistics.median(series) for name, series in seconds.items()}
+    rows = []
+    for name, (flops, *moved) in chosen.items():
+        roofline = max(flops / peak_flops_per_s(dtype), sum(moved) / bandwidth_bytes_per_s())
+        rows.append(
+            {
+                "input_channels": shape[0], "output_channels": shape[1], "size": shape[2],
+                "dtype": str(dtype).removeprefix("torch."), "gradient": gradient.value,
+                "method": name,
+                "exact_s": statistics.median(seconds["exact"]),
+                "method_s": statistics.median(seconds[name]),
+                "roofline_s": roofline,
+                "exact_over_method": ratio(seconds["exact"], seconds[name]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+@cache
+def peak_flops_per_s(dtype: torch.dtype) -> float:
+    """Return what the vendor's matrix product reaches: the best of several, 1024 cubed."""
+    left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+    return 2 * 1024**3 / min(interleave({"mm": lambda: left @ right}, 20, 1)["mm"])
+
+
+@cache
+def bandwidth_bytes_per_s() -> float:
+    """Return what a copy of 64 MiB reaches, bytes read and written counted."""
+    source = torch.ones(2**24)
+    target = torch.empty_like(source)
+    seconds = min(interleave({"copy": lambda: target.copy_(source)}, 20, 1)["copy"])
+    return 2 * source.numel() * source.itemsize / seconds
+
+
+def _operands(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    channels, filters, size = shape
+    torch.manual_seed(0)
+    # What training shows: activations behind a ReLU, gradients of very different channels.
+    x = torch.randn(BATCH, channels, size, size).relu()
+    grad = torch.randn(BATCH, filters, size, size) * torch.rand(1, filters, 1, 1)
+    weight = torch.randn(filters, channels, 3, 3)
     return {
-        "input_channels": channels,
-        "output_channels": filters,
-        "size": size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "channels_last": memory_format == torch.channels_last,
-        "exact_s": medians["exact"],
-        "topk_s": medians["topk"],
-        "exact_over_topk": ratio(seconds["exact"], seconds["topk"]),
+        name: tensor.to(dtype, memory_format=torch.channels_last)
+        for name, tensor in (("grad", grad), ("input", x), ("weight", weight))
     }
 
 
-def _exact(grad: Tensor, x: Tensor, weight: Tensor) -> Callable[[], object]:
+def _site(operands: dict[str, Tensor], gradient: Gradient) -> Site:
+    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
+    shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
+    weight_grad = gradient is Gradient.WEIGHT
+    return Site(
+        "conv", "conv", gradient, "convolution", "node", int(weight_grad), 1, shapes,
+        shapes[1 if weight_grad else 0], str(grad.dtype).removeprefix("torch."),
+        grad.dtype.itemsize, GEOMETRY,
+    )  # fmt: skip
+
+
+def _parameters(method: Method) -> Any:
+    params = method.params()
+    return replace(params, min_positions=1) if hasattr(params, "min_positions") else params
+
+
+def _has_form(method: Method, site: Site, params: Any) -> bool:
+    rejected = method.reject(site, params)
+    return rejected is None or rejected.reason.name == "NOT_CHEAPER"
+
+
+def _exact(operands: dict[str, Tensor], gradient: Gradient) -> Run:
+    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
+    mask = [gradient is Gradient.INPUT, gradient is Gradient.WEIGHT, False]
     return lambda: torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
     )
 
 
-def _topk(grad: Tensor, x: Tensor, weight: Tensor) -> Callable[[], object]:
-    method, params = graphpass.methods()["topk"], Params(min_positions=1)
-    shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
-    site = Site(
-        "conv", "conv", Gradient.WEIGHT, "convolution", "node", 1, 1, shapes, shapes[1],
-        str(grad.dtype), grad.dtype.itemsize, GEOMETRY,
-    )  # fmt: skip
+def _lowered(method: Method, params: Any, site: Site, operands: dict[str, Tensor]) -> Run:
+    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
+    names = method.operands(site, params)
+    given = [operands[name] for name in names]
     seed = torch.zeros((), dtype=torch.int64)
 
-    def lowered(grad: Tensor, x: Tensor) -> Tensor:
-        result: Tensor = method.lower(site, params, weight, seed, 0, grad, x)
+    def lowered(seed: Tensor, *given: Tensor) -> Tensor:
+        result: Tensor = method.lower(site, params, template, seed, salt_of(site), *given)
         return result
 
     # Every shape compiles the same function: Dynamo would give up after a few of them.
     torch._dynamo.reset()
     compiled = torch.compile(lowered, dynamic=False)
-    return lambda: compiled(grad, x)
+    return lambda: compiled(seed, *given)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(
-        title=f"weight gradient, batch {BATCH}, 3x3: vendor's exact product against top-1"
-    )
-    for column in ("Ci", "Co", "H=W", "dtype", "layout", "exact ms", "top-1 ms", "times faster"):
+    table = Table(title=f"gradients of 3x3 convolutions, batch {BATCH}, channels_last")
+    for column in (
+        "Ci", "Co", "H=W", "dtype", "gradient", "method", "exact ms", "ms", "times faster",
+        "roofline ms",
+    ):  # fmt: skip
         table.add_column(column, justify="right")
     for row in rows:
-        faster = row["exact_over_topk"]
+        faster = row["exact_over_method"]
         table.add_row(
-            str(row["input_channels"]),
-            str(row["output_channels"]),
-            str(row["size"]),
-            row["dtype"],
-            "channels_last" if row["channels_last"] else "NCHW",
+            *(str(row[key]) for key in ("input_channels", "output_channels", "size", "dtype")),
+            row["gradient"],
+            row["method"],
             f"{1e3 * row['exact_s']:.2f}",
-            f"{1e3 * row['topk_s']:.2f}",
+            f"{1e3 * row['method_s']:.2f}",
             "{median:.1f} ({low_quartile:.1f} to {high_quartile:.1f})".format(**faster),
+            f"{1e3 * row['roofline_s']:.2f}",
         )
     return table
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = [name for name in graphpass.methods() if name not in {"zero", "random"}]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", default="layers", help="name of the results file")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
