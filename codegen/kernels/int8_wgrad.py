@@ -163,7 +163,7 @@ def _chunk(height: int, width: int, channels: int, dw_bytes: int) -> tuple[int, 
 
 
 _BODY = r"""
-constexpr long CG = CI / GROUPS, OG = CO / GROUPS, STEP = (OG + 15) / 16 * 16;
+constexpr long CG = CI / GROUPS, OG = CO / GROUPS, BLOCKS = (OG + 15) / 16;
 // Panels of four vectors, and how many vectors the last panel has if it has fewer.
 constexpr long FULL = (LENGTH + 15) / 64, REST = (std::max(0L, LENGTH - FULL * 64) + 15) / 16;
 constexpr long EACH = FULL + (REST > 0), PANELS = SEGMENTS * EACH;
@@ -173,8 +173,6 @@ constexpr long QUADS = (COLUMNS + 3) / 4, IMAGE = ROWS * QUADS, CHUNK = IMAGES *
 constexpr long SLOTS = ROWS + (KH - 1) * DH / SH;
 constexpr long BANDS = (OH + ROWS - 1) / ROWS, STRIPS = (OW + COLUMNS - 1) / COLUMNS;
 constexpr long CHUNKS = (B + IMAGES - 1) / IMAGES * BANDS * STRIPS;
-constexpr long TILE = FULL ? 6 : 8;  // output channels of a tile: at most 24 registers
-constexpr long TILES = (OG + TILE - 1) / TILE;
 
 struct Chunk {
   long image, row, column, images, rows, columns, quads;
@@ -186,13 +184,12 @@ struct Chunk {
 };
 
 struct Packed {
-  alignas(64) int8_t grad[TILES * CHUNK * TILE * 4];      // [tile][quad][channel][4]
+  alignas(64) int8_t grad[BLOCKS * CHUNK * 64];              // [block][quad][16][4]
   alignas(64) uint8_t x[IMAGES * SH * SLOTS * QUADS * 256];  // [image][phase][slot][quad][64][4]
-  alignas(64) int32_t start[STEP];                        // -128 times the sum of g
+  alignas(64) int32_t start[BLOCKS * 16];                    // -128 times the sum of g
 };
 
 static void pack_grad(const uint8_t* grad, const Chunk& chunk, Packed& packed) {
-  long count = chunk.images * chunk.rows * chunk.quads;
   for (long o = 0; o < OG; o += 16) {
     __m512i sum = _mm512_setzero_si512();
     long at = 0;
@@ -205,11 +202,7 @@ static void pack_grad(const uint8_t* grad, const Chunk& chunk, Packed& packed) {
           for (long i = 0; i < 4; i++) rows[i] = 4 * q + i < chunk.columns ? first + i * CO : ZEROS;
           __m512i values = _mm512_xor_si512(interleave16(rows), _mm512_set1_epi8(char(0x80)));
           dot4(sum, _mm512_set1_epi8(1), values);
-          alignas(64) int32_t four[16];
-          _mm512_store_si512(four, values);
-          for (long c = o; c < std::min(OG, o + 16); c++)
-            std::memcpy(packed.grad + ((c / TILE * count + at) * TILE + c % TILE) * 4,
-                        four + c - o, 4);
+          _mm512_store_si512(packed.grad + (o / 16 * CHUNK + at) * 64, values);
         }
     sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128));
     _mm512_store_si512(packed.start + o, sum);
@@ -258,20 +251,20 @@ static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
 
 // dw of M output channels by 16 * N columns, over one chunk.
 template <long M, long N>
-static inline void multiply(const Packed& packed, const Chunk& chunk, long tile, long kh, float* dw,
+static inline void multiply(const Packed& packed, const Chunk& chunk, long o, long kh, float* dw,
                             bool first) {
   __m512i sum[M][N];
 #pragma GCC unroll 16
   for (long m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (long n = 0; n < N; n++) sum[m][n] = _mm512_set1_epi32(packed.start[tile * TILE + m]);
+    for (long n = 0; n < N; n++) sum[m][n] = _mm512_set1_epi32(packed.start[o + m]);
   // Rows follow each other without a gap: only a chunk of a single row has less than QUADS in it.
   long quads = chunk.rows * chunk.quads;
-  const int8_t* grad = packed.grad + tile * chunk.images * quads * TILE * 4;
+  const int8_t* grad = packed.grad + o / 16 * CHUNK * 64 + o % 16 * 4;
   for (long b = 0; b < chunk.images; b++) {
     long slot = (b * SH + kh * DH % SH) * SLOTS + kh * DH / SH;
     const uint8_t* x = packed.x + slot * QUADS * 64 * N;
-    for (long q = 0; q < quads; q++, x += 64 * N, grad += 4 * TILE) {
+    for (long q = 0; q < quads; q++, x += 64 * N, grad += 64) {
       __m512i values[N];
 #pragma GCC unroll 4
       for (long n = 0; n < N; n++) values[n] = _mm512_load_si512(x + 64 * n);
@@ -289,7 +282,7 @@ static inline void multiply(const Packed& packed, const Chunk& chunk, long tile,
   for (long m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (long n = 0; n < N; n++) {
-      float* at = dw + m * 64 + 16 * n;
+      float* at = dw + (o + m) * 64 + 16 * n;
       __m512 value = _mm512_cvtepi32_ps(sum[m][n]);
       _mm512_store_ps(at, first ? value : _mm512_add_ps(_mm512_load_ps(at), value));
     }
@@ -300,16 +293,23 @@ static inline float* partial(float* sums, long split, long which, long kh) {
   return sums + ((split * GROUPS * PANELS + which) * KH + kh) * OG * 64;
 }
 
+// The `LEFT` output channels of a block from `o` on, in tiles of at most 24 registers.
+template <long LEFT, long N>
+static inline void block(const Packed& packed, const Chunk& chunk, long o, long kh, float* dw,
+                         bool first) {
+  constexpr long TILES = (LEFT * N + 23) / 24, M = (LEFT + TILES - 1) / TILES;
+  multiply<M, N>(packed, chunk, o, kh, dw, first);
+  if constexpr (LEFT > M) block<LEFT - M, N>(packed, chunk, o + M, kh, dw, first);
+}
+
 template <long N>
 static void panel(const uint8_t* x, const Chunk& chunk, Packed& packed, float* sums, bool first) {
+  constexpr long LAST = OG - (BLOCKS - 1) * 16;
   pack_input<N>(x, chunk, packed.x);
-  for (long kh = 0; kh < KH; kh++, sums += OG * 64)
-    for (long tile = 0; tile < TILES; tile++) {
-      float* dw = sums + tile * TILE * 64;
-      constexpr long LEFT_OVER = OG % TILE ? OG % TILE : TILE;
-      if (tile < TILES - 1) multiply<TILE, N>(packed, chunk, tile, kh, dw, first);
-      else multiply<LEFT_OVER, N>(packed, chunk, tile, kh, dw, first);
-    }
+  for (long kh = 0; kh < KH; kh++, sums += OG * 64) {
+    for (long o = 0; o < OG - LAST; o += 16) block<16, N>(packed, chunk, o, kh, sums, first);
+    block<LAST, N>(packed, chunk, OG - LAST, kh, sums, first);
+  }
 }
 
 static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long task) {
@@ -330,6 +330,23 @@ static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long 
   }
 }
 
+// One panel of a filter, added up, scaled, and put in order: [KH][KW][CG].
+static void finish(float* sums, long o, long panel, long kh, float grad_scale, float input_scale,
+                   float* filter) {
+  long block = panel % EACH, vectors = block < FULL ? 4 : REST;
+  float* into = filter + kh * KW * CG + panel / EACH * CG + block * 64;
+  for (long q = 0; q < 4 * vectors && 4 * q < LENGTH - block * 64; q++) {
+    // interleave64 leaves four columns of each 128-bit lane in one vector.
+    long from = (block < FULL ? q % 4 * 16 + q / 4 * 4 : q * 4) + o % OG * 64;
+    __m128 sum = _mm_setzero_ps();
+    for (long s = 0; s < SPLITS; s++)
+      sum = _mm_add_ps(sum, _mm_load_ps(partial(sums, s, o / OG * PANELS + panel, kh) + from));
+    sum = _mm_mul_ps(_mm_mul_ps(sum, _mm_set1_ps(grad_scale)), _mm_set1_ps(input_scale));
+    long left = std::min(4L, LENGTH - block * 64 - 4 * q);
+    _mm_mask_storeu_ps(into + 4 * q, __mmask8((1u << left) - 1), sum);
+  }
+}
+
 static void kernel(void* const* t) {
   const uint8_t* grad = static_cast<const uint8_t*>(t[0]);
   const uint8_t* x = static_cast<const uint8_t*>(t[1]);
@@ -340,27 +357,14 @@ static void kernel(void* const* t) {
   parallel(SPLITS * PARTS, [&](long task) { accumulate(grad, x, sums, task); });
 
   parallel(CO, [&](long o) {
+    static thread_local float row[KH * KW * CG];
     float* filter = out + o * KH * KW * CG;
-    for (long kh = 0; kh < KH; kh++)
-      for (long p = 0; p < PANELS; p++) {
-        alignas(64) float sum[64];
-        long segment = p / EACH, block = p % EACH, which = o / OG * PANELS + p;
-        long vectors = block < FULL ? 4 : REST;
-        for (long j = 0; j < 16 * vectors; j++) {
-          sum[j] = 0;
-          for (long s = 0; s < SPLITS; s++)
-            sum[j] += partial(sums, s, which, kh)[o % OG * 64 + j];
-          sum[j] = sum[j] * grad_scale * input_scale;
-        }
-        for (long j = 0; j < std::min(64L, LENGTH - block * 64); j += 4) {
-          // interleave64 leaves four columns of each 128-bit lane in one vector.
-          long from = block < FULL ? j / 4 % 4 * 16 + j / 16 * 4 : j;
-          for (long i = 0; i < std::min(4L, LENGTH - block * 64 - j); i++) {
-            long column = segment * CG + block * 64 + j + i, kw = column / CG, c = column % CG;
-            filter[CHANNELS_LAST ? kh * KW * CG + column : (c * KH + kh) * KW + kw] = sum[from + i];
-          }
-        }
-      }
+    for (long i = 0; i < KH * PANELS; i++)
+      finish(sums, o, i % PANELS, i / PANELS, grad_scale, input_scale,
+             CHANNELS_LAST ? filter : row);
+    if constexpr (!CHANNELS_LAST)
+      for (long c = 0; c < CG; c++)
+        for (long tap = 0; tap < KH * KW; tap++) filter[c * KH * KW + tap] = row[tap * CG + c];
   });
 }
 """
