@@ -1,5 +1,6 @@
 """Building C++: once, kept on disk, safe against other processes, and loud when it fails."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import torch
 
 from codegen import build, cpp
 from codegen.cache import cache_dir, write_atomically
-from codegen.kernel import call, kernels, unavailable
+from codegen.kernel import Source, _Runner, call, kernels, unavailable
 
 pytestmark = pytest.mark.skipif(
     isinstance(build.toolchain(), str), reason="this machine has no C++ compiler"
@@ -112,6 +113,19 @@ def test_a_source_that_does_not_compile_is_our_bug_and_names_the_file(folder: Pa
     with pytest.raises(build.KernelBuildError, match=rf"{folder}.*\.cpp does not compile"):
         build.start("this is no C++").result()
     assert not list(folder.glob("*.so"))
+
+
+def test_a_kernel_that_does_not_build_warns_and_runs_in_plain_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = kernels()["top_patches"]
+    broken = dataclasses.replace(kernel, emit_cpp=lambda *args: Source("no C++"))
+    args = kernel.samples()[0].args()
+    run = _Runner(broken)
+    with pytest.warns(UserWarning, match="top_patches runs in plain torch: .* does not compile"):
+        first = run(*args)
+    # Once: the next call neither builds nor warns.
+    assert torch.equal(run(*args), first) and torch.equal(first, kernel.reference(*args))
 
 
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
