@@ -14,7 +14,7 @@ from codegen import build
 
 ZERO = 128
 SLACK = 64
-# Largest magnitude: -128 is left out, so that the numbers are symmetric.
+# A tensor's scale maps its largest magnitude to this; -128 only ever comes from rounding.
 LARGEST = 127
 
 
@@ -22,6 +22,36 @@ def padded(size: list[int], before: list[int], after: list[int]) -> tuple[int, i
     """Return [B, H, W, C] with the border, of a tensor of size [B, C, H, W]."""
     batch, channels, height, width = size
     return batch, before[0] + height + after[0], before[1] + width + after[1], channels
+
+
+def scale_of(x: Tensor) -> Tensor:
+    """Return what one step of the integers that stand for x is worth: float32, 0-d.
+
+    It is NaN or infinite if x has such a value, and so is what it is multiplied with.
+    """
+    # The least scale keeps its inverse finite; of zeros alone, any scale is right.
+    return (x.abs().amax().to(torch.float32) / LARGEST).clamp_min(2.0**-100)
+
+
+def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
+    """Return floor(x / scale + uniform) in [-128, 127].
+
+    Both terms are taken to 16 binary places, which makes the sum an integer one, the same to the
+    bit in every implementation; x / scale is rounded to the nearest of these.
+
+    Args:
+        x: float.
+        scale: float, 0-d.
+        uniform: in (0, 1), of x's shape.
+
+    Returns:
+        int32, of x's shape.
+    """
+    largest, least = 65536.0 * LARGEST, -65536.0 * ZERO
+    fixed = x.to(torch.float32) * (65536.0 / scale.to(torch.float32))
+    fixed = fixed.nan_to_num(largest, largest, least).clamp(least, largest)
+    random = (uniform * 65536.0).to(torch.int32)
+    return (fixed.round().to(torch.int32) + random) >> 16
 
 
 def to_bytes(values: Tensor, before: list[int], after: list[int]) -> Tensor:

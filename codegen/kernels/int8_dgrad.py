@@ -109,7 +109,7 @@ def emit_cpp(
     del grad, weight
     if (reason := int8.unsupported()) is not None:
         return reason
-    if dtype not in cpp.ELEMENTS or grad_scale.dtype != torch.float32 != weight_scale.dtype:
+    if dtype not in cpp.ELEMENTS or not grad_scale.dtype == weight_scale.dtype == torch.float32:
         return "no kernel for these types"
     border = int8.grad_border(size[2:], out_size[2:], kernel, stride, padding, dilation)
     batch, out_channels, _, _ = out_size

@@ -1,11 +1,10 @@
 """Rounding to 8 bits at random, so that the expectation is kept.
 
-    q = floor(x / scale + u),   u uniform in [0, 1),   clamped to [-127, 127]
+    q = floor(x / scale + u),   u uniform in [0, 1),   clamped to [-128, 127]
 
-E[q] * scale = x for |x| <= 127 * scale. Both x / scale and u are taken to 16 binary places, which
-makes the sum an integer one, the same to the bit in every implementation; x / scale is rounded to
-the nearest of these, off by 2^-17 of a step at most. NaN becomes 0: who computes the scale from
-the tensor's maximum has NaN there, and every product with it. The layout is that of `codegen.int8`.
+E[q] * scale = x for |x| <= 127 * scale, up to 2^-17 of a step: `codegen.int8.round_at_random` says
+why, and `codegen.int8` what the result looks like. NaN becomes 127: who computes the scale from the
+tensor's maximum has NaN there, and in every product with it.
 """
 
 from collections.abc import Callable
@@ -36,12 +35,8 @@ def reference(
     """
     batch, channels, height, width = x.shape
     uniform = draws.uniform(seed, x.numel(), salt).view(batch, height, width, channels)
-    inverse = 65536.0 / scale.to(torch.float32)
-    largest = 65536.0 * int8.LARGEST
-    fixed = (x.to(torch.float32) * inverse).nan_to_num(0.0, largest, -largest)
-    fixed = fixed.clamp(-largest, largest).round().to(torch.int32)
-    random = (uniform * 65536.0).to(torch.int32).permute(0, 3, 1, 2)
-    return int8.to_bytes((fixed + random) >> 16, before, after)
+    rounded = int8.round_at_random(x, scale, uniform.permute(0, 3, 1, 2))
+    return int8.to_bytes(rounded, before, after)
 
 
 def fake(
@@ -96,14 +91,17 @@ static inline __m512i draw16(uint32_t key, uint32_t position, uint32_t step) {
 struct Rounding {
   __m512 inverse;
   uint32_t key;
-  __m128i operator()(__m512 value, long position, long step) const {
+  // 16 integers, which saturating conversions take to bytes.
+  __m512i operator()(__m512 value, long position, long step) const {
+    // NaN is not less than anything: the minimum is its second operand.
     __m512 fixed = _mm512_mul_ps(value, inverse);
-    fixed = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(fixed, fixed, _CMP_ORD_Q), fixed);
     fixed = _mm512_min_ps(fixed, _mm512_set1_ps(65536.0f * LARGEST));
-    fixed = _mm512_max_ps(fixed, _mm512_set1_ps(-65536.0f * LARGEST));
     __m512i sum = _mm512_add_epi32(_mm512_cvtps_epi32(fixed), draw16(key, position, step));
-    sum = _mm512_add_epi32(_mm512_srai_epi32(sum, 16), _mm512_set1_epi32(128));
-    return _mm512_cvtepi32_epi8(sum);
+    return _mm512_srai_epi32(sum, 16);
+  }
+  __m128i few(__m512 value, long position, long step) const {
+    __m128i bytes = _mm512_cvtsepi32_epi8((*this)(value, position, step));
+    return _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
   }
 };
 
@@ -121,9 +119,21 @@ static void round_pixels(const T* x, uint8_t* out, Rounding rounding) {
     long row = unit / PIECES, from = unit % PIECES * PIECE, to = std::min(ROW, from + PIECE);
     const T* in = x + row / H * XS0 + row % H * XS2;
     uint8_t* into = pixel(out, row / H, row % H * W);
-    for (long i = from; i < to; i += 16) {
+    // Packing works within 128-bit lanes; this puts the lanes' quarters in order.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    long i = from;
+    for (; i + 64 <= to; i += 64) {
+      __m512i q[4];
+      for (long n = 0; n < 4; n++)
+        q[n] = rounding(read(in + i + 16 * n, 0xFFFF), row * ROW + i + 16 * n, 1);
+      __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]),
+                                         _mm512_packs_epi32(q[2], q[3]));
+      bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80)));
+      _mm512_storeu_si512(into + i, _mm512_permutexvar_epi32(order, bytes));
+    }
+    for (; i < to; i += 16) {
       __mmask16 mask = first(to - i);
-      __m128i bytes = rounding(read(in + i, mask), row * ROW + i, 1);
+      __m128i bytes = rounding.few(read(in + i, mask), row * ROW + i, 1);
       _mm_mask_storeu_epi8(into + i, mask, bytes);
     }
   });
@@ -142,7 +152,7 @@ static void round_maps(const T* x, uint8_t* out, Rounding rounding) {
           r[i] = _mm_setzero_si128();
           if (c + i >= C) continue;
           __m512 values = read(x + b * XS0 + (c + i) * XS1 + p, mask);
-          r[i] = rounding(values, (b * H * W + p) * C + c + i, C);
+          r[i] = rounding.few(values, (b * H * W + p) * C + c + i, C);
         }
         for (int round = 0; round < 4; round++) {
           for (int i = 0; i < 8; i++) {
@@ -163,7 +173,7 @@ static void round_any(const T* x, uint8_t* out, Rounding rounding) {
     for (long w = 0; w < W; w++)
       for (long c = 0; c < C; c++) {
         __m512 value = _mm512_set1_ps(load(x[b * XS0 + c * XS1 + h * XS2 + w * XS3]));
-        __m128i bytes = rounding(value, (row * W + w) * C + c, 0);
+        __m128i bytes = rounding.few(value, (row * W + w) * C + c, 0);
         pixel(out, b, h * W + w)[c] = uint8_t(_mm_cvtsi128_si32(bytes));
       }
   });

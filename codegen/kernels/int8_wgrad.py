@@ -67,9 +67,7 @@ def reference(
     axes = kernel, stride, padding, dilation
     g = int8.from_bytes(grad, out_size, *int8.grad_border(size[2:], out_size[2:], *axes), wide)
     values = int8.from_bytes(x, size, *int8.input_border(size[2:], out_size[2:], *axes), wide)
-    result = fake(
-        grad, x, grad_scale, input_scale, out_size, size, *axes, groups, channels_last
-    )
+    result = fake(grad, x, grad_scale, input_scale, out_size, size, *axes, groups, channels_last)
     dw: Tensor = aten.convolution_backward(
         g, values, torch.empty_like(result), None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],
