@@ -83,7 +83,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
 def options_of(case: Case, specs: Specs) -> dict[str, Any]:
     """Return backend options that apply methods to every layer but the first."""
     layers = dict.fromkeys(case.layers()[1:], specs)
-    return {"methods": layers, "gradients": ("forward", *BACKWARD), "strict": True}
+    return {"methods": layers, "strict": True}
 
 
 def _profile(step: Step) -> str:

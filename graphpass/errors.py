@@ -29,7 +29,7 @@ class Reason(StrEnum):
     NO_PLANNER = "no method was named, and this version does not choose by itself"
     NOT_THIS_GRADIENT = "the method does not approximate this product"
     NOT_IN_GRADIENTS = "`gradients` leaves this product out"
-    FORWARD = "forward products stay exact unless `gradients` names them"
+    FORWARD = "forward products stay exact unless a method is named for them"
     FUSED = "part of a fused attention kernel"
     NO_COUNTERPART = "no forward product belongs to this one"
     UNSUPPORTED_DTYPE = "not a floating-point product"

@@ -10,9 +10,7 @@ from graphpass.errors import ConfigError
 from graphpass.plan import Plan
 from graphpass.schedule import Schedule
 
-# Forward products are an opt-in: what they lose, the loss and every gradient lose with them.
 GRADIENTS = ("weight", "input")
-PRODUCTS = (*GRADIENTS, "forward")
 
 MethodSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
@@ -27,8 +25,9 @@ class Options:
         methods: None, a list of method names that may be used, or a mapping from a module pattern
             (fnmatch on the module path) to a method name or a record such as
             `{"name": "topk", "k": 2, "gradient": "weight"}`, or a list of those for different
-            products. Later patterns win.
-        gradients: the products that may be approximated, out of "weight", "input" and "forward".
+            products. Later patterns win. Forward products are approximated only where a record
+            says `"gradient": "forward"`: what they lose, the loss and every gradient lose too.
+        gradients: the gradients that may be approximated, out of "weight" and "input".
         schedule: a `Schedule` or the name of one; None applies every planned method on every step.
         plan: a `Plan`, or the path of a plan file, to use instead of planning.
         seed: seed of every random draw, in [0, 2**31).
@@ -141,9 +140,9 @@ def _check_budget(budget: object) -> None:
 
 def _check_gradients(gradients: object) -> None:
     names = list(gradients) if isinstance(gradients, (list, tuple)) else []
-    legal = all(isinstance(name, str) and name in PRODUCTS for name in names)
+    legal = all(isinstance(name, str) and name in GRADIENTS for name in names)
     if not names or not legal or len(set(names)) < len(names):
-        raise ConfigError(f"gradients={gradients!r}: give one or more of {', '.join(PRODUCTS)}")
+        raise ConfigError(f"gradients={gradients!r}: give one or both of {', '.join(GRADIENTS)}")
 
 
 def _check_methods(methods: object) -> None:

@@ -148,17 +148,21 @@ def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Rea
     """Return the last rule that covers the site, or why there is none."""
     if options.budget == 0:
         return Reason.BUDGET_ZERO
-    if site.gradient is Gradient.FORWARD and site.gradient.value not in options.gradients:
+    covering = [rule for rule in rules if rule.covers(site)]
+    if site.gradient is Gradient.FORWARD and not any(map(_names_forward, covering)):
         return Reason.FORWARD
     if site.reason is not None:
         return site.reason
     if not isinstance(options.methods, Mapping):
         return Reason.NO_PLANNER
-    covering = [rule for rule in rules if rule.covers(site)]
     if not covering:
         return Reason.NOT_NAMED
     fitting = [rule for rule in covering if site.gradient in rule.gradients]
     return fitting[-1] if fitting else Reason.NOT_THIS_GRADIENT
+
+
+def _names_forward(rule: _Rule) -> bool:
+    return Gradient.FORWARD in rule.gradients
 
 
 def _approximated(
@@ -175,7 +179,9 @@ def _approximated(
 def _obstacle(
     site: Site, options: Options, rule: _Rule, schedule: Schedule, layer: int
 ) -> Rejected | None:
-    if site.gradient.value not in options.gradients:
+    # A forward product is approximated only where its name was given: that is permission enough.
+    permitted = (*options.gradients, Gradient.FORWARD.value)
+    if site.gradient.value not in permitted:
         return Rejected(Reason.NOT_IN_GRADIENTS)
     if not schedule.may_select(layer):
         return Rejected(Reason.NEVER_SCHEDULED, f"layer {layer} in schedule {schedule.name!r}")

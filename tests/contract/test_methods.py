@@ -152,8 +152,7 @@ def outcome(case: Case) -> Outcome:
         "gradient": case.sample.gradient.value,
         **dataclasses.asdict(case.sample.params),
     }
-    gradients = ("forward", "weight", "input")
-    options = {"methods": {"layer": spec}, "gradients": gradients, "seed": SEED, "strict": True}
+    options = {"methods": {"layer": spec}, "seed": SEED, "strict": True}
     sites: list[Site] = []
     rewritten: list[tuple[str, ...]] = []
     with (

@@ -39,7 +39,7 @@ def rewired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def _gradients(net: nn.Module, x: Tensor, methods: object) -> dict[str, Tensor]:
     net.zero_grad()
-    options = {"methods": methods, "gradients": ("forward", "weight", "input"), "strict": True}
+    options = {"methods": methods, "strict": True}
     with torch._functorch.config.patch(enable_autograd_cache=False):
         torch.compile(net, backend="approx", options=options)(x).backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
