@@ -24,13 +24,15 @@ def padded(size: list[int], before: list[int], after: list[int]) -> tuple[int, i
     return batch, before[0] + height + after[0], before[1] + width + after[1], channels
 
 
-def scale_of(x: Tensor) -> Tensor:
-    """Return what one step of the integers that stand for x is worth: float32, 0-d.
+def scale_of(largest: Tensor) -> Tensor:
+    """Return what one step of the integers is worth that stand for a tensor: float32, 0-d.
 
-    It is NaN or infinite if x has such a value, and so is what it is multiplied with.
+    Args:
+        largest: the tensor's largest magnitude, 0-d. If it is NaN or infinite, so is the scale, and
+            what is multiplied with it.
     """
     # The least scale keeps its inverse finite; of zeros alone, any scale is right.
-    return (x.abs().amax().to(torch.float32) / LARGEST).clamp_min(2.0**-100)
+    return (largest.to(torch.float32) / LARGEST).clamp_min(2.0**-100)
 
 
 def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ constexpr long CHUNKS = (B + IMAGES - 1) / IMAGES * BANDS * STRIPS;
 struct Chunk {
   long image, row, column, images, rows, columns, quads;
   explicit Chunk(long i) {
-    column = i % STRIPS * COLUMNS, row = i / STRIPS % BANDS * ROWS, image = i / STRIPS / BANDS * IMAGES;
+    image = i / STRIPS / BANDS * IMAGES, row = i / STRIPS % BANDS * ROWS;
+    column = i % STRIPS * COLUMNS;
     images = std::min(IMAGES, B - image), rows = std::min(ROWS, OH - row);
     columns = std::min(COLUMNS, OW - column), quads = (columns + 3) / 4;
   }

@@ -28,7 +28,7 @@ from torch import Tensor
 from codegen import draws as random_draws
 from codegen import int8
 from codegen.kernel import call, kernels
-from cost_model import Cost, element_count, elementwise
+from cost_model import Cost, element_count, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.method import Method, Sample, register
 from graphpass.site import Gradient, Site
@@ -125,7 +125,7 @@ def reference(
     ):
         batch, channels, *image = value.shape
         order = uniform.view(batch, *image, channels).permute(0, 3, 1, 2)
-        scale = int8.scale_of(value)
+        scale = int8.scale_of(value.abs().amax())
         rounded.append(int8.round_at_random(value, scale, order).to(template.dtype) * scale)
     return _finish(site, template, _product(site, problem, rounded[0], rounded[1]))
 
@@ -138,9 +138,9 @@ def cost(site: Site, params: Params) -> Cost:
     # Operands are read as bytes; the result is written as it always is.
     product = Cost(exact.flops, sum(counts), exact.bytes_written)
     for count in counts:
-        # The largest magnitude, which a compiler finds where the operand is made; ...
-        product += elementwise(count, 0, 0, site.itemsize, flops_per_element=1)
-        # ... then it is read once, and written as bytes.
+        # Each is read for its largest magnitude, ...
+        product += reduce(count, 1, site.itemsize)
+        # ... and once more to be written as bytes.
         product += Cost(count * _FLOPS_PER_VALUE, count * site.itemsize, count)
     return product
 
@@ -188,7 +188,8 @@ def lower(
     (before, after), input_border = problem.borders
     no_border = ([0, 0], [0, 0])
     salts = _salts(site)
-    scales = int8.scale_of(problem.first), int8.scale_of(problem.second)
+    largest = kernels()["absolute_max"]
+    scales = [int8.scale_of(call(largest, operand)) for operand in (first, second)]
     rounding = kernels()["int8_round"]
     grad = call(rounding, problem.first, scales[0], seed, salts[0], before, after)
     border = input_border if weight else no_border
@@ -216,7 +217,7 @@ def noise(site: Site, params: Params, first: Tensor, second: Tensor) -> Tensor:
     problem = _problem(site, template, first, second)
     square, variance = [], []
     for value in (problem.first, problem.second):
-        scale = int8.scale_of(value).to(value.dtype)
+        scale = int8.scale_of(value.abs().amax()).to(value.dtype)
         fraction = value / scale - (value / scale).floor()
         square.append(value.square())
         variance.append(scale.square() * fraction * (1 - fraction))
@@ -252,11 +253,9 @@ def _problem(site: Site, template: Tensor, first: Tensor, second: Tensor) -> _Pr
         plain = ([1, 1], [0, 0], [1, 1])
         return _Problem(image, other, list(image.shape), size, [1, 1], plain, 1)
     conv = site.conv
-    size, kernel = (
-        (second.shape, template.shape[2:]) if weight else (template.shape, second.shape[2:])
-    )
+    image, filters = (second, template) if weight else (template, second)
     geometry = list(conv.stride), list(conv.padding), list(conv.dilation)
-    sizes = list(first.shape), list(size), list(kernel)
+    sizes = list(first.shape), list(image.shape), list(filters.shape[2:])
     return _Problem(first, second, *sizes, geometry, conv.groups)
 
 
