@@ -96,14 +96,34 @@ def emit_cpp(
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
         "BLOCK": block, "TASKS": min(_TASKS, batch), **cpp.strides("GS", grad),
     }  # fmt: skip
+    kinds = _kinds(out_height, size[0], kernel[0], stride[0], padding[0], dilation[0])
+    constants |= {"KINDS": max(kinds) + 1, "KIND": kinds}
+    constants["FIRST"] = [kinds.index(kind) for kind in range(max(kinds) + 1)]
     taps = math.prod(kernel)
-    # Squares of all pixels; of every task, the sums by tap, and those of a column of the output.
-    scratch = batch * out_height * out_width + min(_TASKS, batch) * channels * (taps + out_width)
+    # Squares of all pixels; of every task, sums by tap, and those of rows of a kind.
+    scratch = batch * out_height * out_width + min(_TASKS, batch) * channels * (
+        taps + out_width * (max(kinds) + 1)
+    )
     return Source(cpp.source(constants, _BODY), scratch_bytes=4 * scratch)
 
 
+def _kinds(out: int, size: int, taps: int, stride: int, padding: int, dilation: int) -> list[int]:
+    """Return a number for each position of an axis; equal ones see the same taps inside."""
+    seen: dict[tuple[bool, ...], int] = {}
+    views = (
+        tuple(0 <= at * stride + tap * dilation - padding < size for tap in range(taps))
+        for at in range(out)
+    )
+    return [seen.setdefault(view, len(seen)) for view in views]
+
+
 _BODY = r"""
-constexpr long POSITIONS = OH * OW, TAPS = KH * KW, LANES = 16;
+typedef float v16 __attribute__((vector_size(64)));
+typedef float anywhere __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t w16 __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+
+constexpr long POSITIONS = OH * OW, TAPS = KH * KW, LANES = 16, WHOLE = CO / LANES * LANES;
 // Channels next to each other in memory: vectors of channels; else vectors of pixels.
 constexpr bool LAST = GS1 == 1 && CO > 1;
 
@@ -111,27 +131,53 @@ static inline bool inside(long out, long tap, long stride, long padding, long di
   long at = out * stride + tap * dilation - padding;
   return at >= 0 && at < size;
 }
+static inline v16 load16(const float* at) { return *(const anywhere*)at; }
+static inline v16 load16(const bf16* at) {
+  return (v16)(__builtin_convertvector(*(const halves*)at, w16) << 16);
+}
+
+// In lane i of the result, the sum over the lanes of the i-th vector.
+#define SUM_PAIRS(STEP, LOW, HIGH)                                       \
+  for (int i = 0; i < LANES; i += 2 * STEP)                              \
+    v[i] = __builtin_shufflevector(v[i], v[i + STEP], LOW) +             \
+           __builtin_shufflevector(v[i], v[i + STEP], HIGH);
+#define LIST(...) __VA_ARGS__
+static inline v16 sum_lanes(v16* v) {
+  SUM_PAIRS(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+            LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+  SUM_PAIRS(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+            LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  SUM_PAIRS(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+            LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  SUM_PAIRS(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+            LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  return v[0];
+}
 
 // Squares of one row of pixels, and the row added to `sums` [OW][CO].
 static void row_last(const T* g, float* square, float* sums) {
-  for (long w = 0; w < OW; w++) {
-    const T* pixel = g + w * GS3;
-    float* sum = sums + w * CO;
-    float lanes[LANES] = {}, rest = 0;
-    for (long o = 0; o + LANES <= CO; o += LANES)
-      for (long l = 0; l < LANES; l++) {
-        float value = load(pixel[o + l]);
-        lanes[l] += value * value;
-        sum[o + l] += value;
+  for (long first = 0; first < OW; first += LANES) {
+    long count = std::min(LANES, OW - first);
+    v16 lanes[LANES] = {};
+    float rest[LANES] = {};
+    for (long i = 0; i < count; i++) {
+      const T* pixel = g + (first + i) * GS3;
+      float* sum = sums + (first + i) * CO;
+      v16 squares = {};
+      for (long o = 0; o < WHOLE; o += LANES) {
+        v16 value = load16(pixel + o);
+        squares += value * value;
+        *(anywhere*)(sum + o) = *(anywhere*)(sum + o) + value;
       }
-    for (long o = CO / LANES * LANES; o < CO; o++) {
-      float value = load(pixel[o]);
-      rest += value * value;
-      sum[o] += value;
+      lanes[i] = squares;
+      for (long o = WHOLE; o < CO; o++) {
+        float value = load(pixel[o]);
+        rest[i] += value * value;
+        sum[o] += value;
+      }
     }
-    for (long step = LANES / 2; step > 0; step /= 2)
-      for (long l = 0; l < step; l++) lanes[l] += lanes[l + step];
-    square[w] = lanes[0] + rest;
+    v16 total = sum_lanes(lanes);
+    for (long i = 0; i < count; i++) square[first + i] = total[i] + rest[i];
   }
 }
 
@@ -146,7 +192,7 @@ static void row_first(const T* g, float* square, float* sums) {
     }
 }
 
-// Adds the summed row h of one task, `line`, to the taps that see the image from there.
+// Adds the sum of all rows like row h, `line`, to the taps that see the image from there.
 static void add_line(long h, const float* line, float* taps) {
   for (long o = 0; o < CO; o++)
     for (long kw = 0; kw < KW; kw++) {
@@ -162,22 +208,20 @@ static void kernel(void* const* t) {
   const T* grad = static_cast<const T*>(t[0]);
   float* norms = static_cast<float*>(t[1]);
   float* sums = static_cast<float*>(t[2]);
-  float* squares = static_cast<float*>(t[3]);      // [B, OH, OW]
-  float* parts = squares + B * POSITIONS;          // [TASKS][CO][TAPS]
-  float* lines = parts + TASKS * CO * TAPS;        // [TASKS][OW * CO]
+  float* squares = static_cast<float*>(t[3]);  // [B, OH, OW]
+  float* parts = squares + B * POSITIONS;      // [TASKS][CO][TAPS]
+  float* lines = parts + TASKS * CO * TAPS;    // [TASKS][KINDS][OW * CO]
 
-  // A task has a range of samples. Rows of the same height are summed before taps are.
+  // A task has a range of samples. Rows that see the image with the same taps are summed first.
   parallel(TASKS, [&](long task) {
-    float *part = parts + task * CO * TAPS, *line = lines + task * OW * CO;
+    float *part = parts + task * CO * TAPS, *line = lines + task * KINDS * OW * CO;
     std::fill(part, part + CO * TAPS, 0.0f);
-    for (long h = 0; h < OH; h++) {
-      std::fill(line, line + OW * CO, 0.0f);
-      for (long b = task * B / TASKS; b < (task + 1) * B / TASKS; b++) {
-        const T* row = grad + b * GS0 + h * GS2;
-        (LAST ? row_last : row_first)(row, squares + b * POSITIONS + h * OW, line);
-      }
-      add_line(h, line, part);
-    }
+    std::fill(line, line + KINDS * OW * CO, 0.0f);
+    for (long b = task * B / TASKS; b < (task + 1) * B / TASKS; b++)
+      for (long h = 0; h < OH; h++)
+        (LAST ? row_last : row_first)(grad + b * GS0 + h * GS2, squares + b * POSITIONS + h * OW,
+                                      line + KIND[h] * OW * CO);
+    for (long kind = 0; kind < KINDS; kind++) add_line(FIRST[kind], line + kind * OW * CO, part);
   });
   parallel(CO, [&](long o) {
     for (long tap = 0; tap < TAPS; tap++) {

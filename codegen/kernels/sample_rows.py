@@ -7,8 +7,9 @@ point falls into, with weight M / (R m[i]):
     E[number of times i is taken] = R m[i] / M,     so     E[sum of weights of i] = 1.
 
 A row is taken R m[i] / M times, give or take less than two: the variance is less than that of
-independent draws. Segments of equal length are sampled one by one. Rows come in ascending order. Masses of zero are never taken; where all are zero, weights are
-zero. If a mass is NaN or infinite, weights of the segment are NaN: what is sampled shows it.
+independent draws. Segments of equal length are sampled one by one. Rows come in ascending order.
+Masses of zero are never taken; where all are zero, weights are zero. If a mass is NaN or infinite,
+weights of the segment are NaN: what is sampled shows it.
 """
 
 import math
