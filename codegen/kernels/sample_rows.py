@@ -74,6 +74,8 @@ def emit_cpp(mass: Tensor, seed: Tensor, salt: int, segments: int, count: int) -
     del seed
     if mass.dtype != torch.float32 or not mass.is_contiguous():
         return "masses are not float32, or not contiguous"
+    if max(mass.shape[0], segments * count) >= 1 << 31:
+        return "more rows than the draws tell apart"
     constants = {
         "SALT": salt, "SEGMENTS": segments, "R": count, "N": mass.shape[0] // segments,
     }  # fmt: skip
@@ -81,6 +83,25 @@ def emit_cpp(mass: Tensor, seed: Tensor, salt: int, segments: int, count: int) -
 
 
 _BODY = r"""
+constexpr long GROUP = 16;
+
+// How many of the points lie below `end`, in units of strata: those of the strata below, and its
+// own stratum's if that comes before.
+static inline int32_t points_below(double end, uint32_t key, uint32_t first) {
+  int32_t stratum = int32_t(end);
+  int32_t count = stratum + (double(uniform(key, first + uint32_t(stratum))) < end - stratum);
+  return std::min(count, int32_t(R));
+}
+
+static double sum(const float* mass) {
+  double lanes[GROUP] = {}, total = 0;
+  for (long i = 0; i + GROUP <= N; i += GROUP)
+    for (long l = 0; l < GROUP; l++) lanes[l] += mass[i + l];
+  for (long i = N / GROUP * GROUP; i < N; i++) total += mass[i];
+  for (long l = 0; l < GROUP; l++) total += lanes[l];
+  return total;
+}
+
 static void kernel(void* const* t) {
   const float* masses = static_cast<const float*>(t[0]);
   uint32_t key = draw_key(*static_cast<const int64_t*>(t[1]), SALT);
@@ -89,19 +110,31 @@ static void kernel(void* const* t) {
 
   parallel(SEGMENTS, [&](long segment) {
     const float* mass = masses + segment * N;
-    double total = 0;
-    for (long i = 0; i < N; i++) total += mass[i];
+    int64_t* index = indices + segment * R;
+    double total = sum(mass), end = 0;
     bool sound = total > 0 && total <= 1.7e308;
-    double length = (sound ? total : double(N)) / R, end = 0;
-    long row = 0;
-    auto size = [&](long i) { return sound ? double(mass[i]) : 1.0; };
-    if (N > 0) end = size(0);
+    double length = (sound ? total : double(N)) / R, strata = 1 / length;
+    int32_t taken = 0;
+    for (long i = 0; i < N; i += GROUP) {
+      double ends[GROUP];
+      int32_t below[GROUP];
+      for (long l = 0; l < GROUP; l++) {
+        if (i + l < N) end += sound ? mass[i + l] : 1.0;
+        ends[l] = end * strata;
+      }
+      for (long l = 0; l < GROUP; l++)
+        below[l] = points_below(ends[l], key, uint32_t(segment * R));
+      // Rows are taken once or not at all, mostly: the first copy is written without asking.
+      for (long l = 0; l < GROUP && taken < R; l++) {
+        index[taken] = segment * N + i + l;
+        for (long k = taken + 1; k < below[l]; k++) index[k] = segment * N + i + l;
+        taken = below[l];
+      }
+    }
+    for (; taken < R; taken++) index[taken] = segment * N + N - 1;
     for (long j = 0; j < R; j++) {
-      double point = (double(j) + uniform(key, uint32_t(segment * R + j))) * length;
-      while (end <= point && row + 1 < N) end += size(++row);
-      double taken = mass[row];
-      double weight = taken > 0 ? length / taken : 0;
-      indices[segment * R + j] = segment * N + row;
+      double size = masses[index[j]];
+      double weight = size > 0 ? length / size : 0;
       weights[segment * R + j] = float(sound || total == 0 ? weight : NAN);
     }
   });
