@@ -113,7 +113,8 @@ static inline f32x16 uniform(uint32_t key, u32x16 position) {{
   u32x16 bits = mix_bits((position ^ key) & MASK);
   bits = ((bits ^ (bits >> 15)) * {draws._FINAL_MULTIPLIER}u) & MASK;
   bits = (bits ^ (bits >> 16)) & {draws._RESOLUTION - 1}u;
-  return (__builtin_convertvector((i32x16)bits, f32x16) + 0.5f) * {(1.0 / draws._RESOLUTION).hex()}f;
+  f32x16 number = __builtin_convertvector((i32x16)bits, f32x16);
+  return (number + 0.5f) * {(1.0 / draws._RESOLUTION).hex()}f;
 }}
 
 struct Pruner {{

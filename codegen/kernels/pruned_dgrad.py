@@ -20,9 +20,9 @@ from codegen.kernel import Kernel, Sample, Source, register
 
 aten = torch.ops.aten
 
-# Bytes of the weights that are in use at a time. Somewhat more than a first-level cache holds was
-# fastest: the fewer slices, the fewer times the sums are loaded and stored.
-_SLICE_BYTES = 64 * 1024
+# Bytes of the weights that are in use at a time: most of a first-level cache. The fewer slices, the
+# fewer times sums are loaded and stored.
+_SLICE_BYTES = 40 * 1024
 # Vectors of sums that fit into 32 registers beside what is added to them.
 _MAX_SUMS = 27
 # Enough of them to hide the latency of an addition.
@@ -163,12 +163,13 @@ def _blocking(grad: Tensor, weight: Tensor, size: list[int], groups: int) -> dic
 
 _BODY = r"""
 constexpr long CG = CI / GROUPS, OG = CO / GROUPS, WIDTH = CC * 16, LISTS = GROUPS * CBS;
-constexpr long PIXEL = KW * WIDTH, SLICE = CB * HK * PIXEL;  // floats of a kernel row; in use at a time
+// Floats: the weights of a kernel row, and those that are in use at a time.
+constexpr long PIXEL = KW * WIDTH, SLICE = CB * HK * PIXEL;
 constexpr long CAPACITY = OW * CB + 16, STARTS = OW + 1;
 // Input pixels of a row with the padding that taps reach, and of an image.
 constexpr long TW = std::max(IW + PW, (OW - 1) * SW + (KW - 1) * DW + 1), TILE = IH * TW * WIDTH;
 
-// [GROUPS, CHUNKS, CBS, KH / HK, CB, HK, KW, WIDTH]: input channels contiguous, zeros where there are none.
+// [GROUPS, CHUNKS, CBS, KH / HK, CB, HK, KW, WIDTH]: input channels contiguous, zeros beyond them.
 static void pack(const T* weight, float* packed, long list, bool* finite) {
   long group = list / CBS, o0 = group * OG + list % CBS * CB;
   f32x16 zeros = {};
@@ -210,8 +211,8 @@ struct Memory : Workspace {
   }
 };
 
-__attribute__((noinline)) static void list_row(const T* grad, long b, long h, Lists to, long list, const Pruner& prune,
-                     bool all) {
+__attribute__((noinline)) static void list_row(const T* grad, long b, long h, Lists to, long list,
+                                               const Pruner& prune, bool all) {
   long o0 = list / CBS * OG + list % CBS * CB, count = std::min(CB, OG - list % CBS * CB), n = 0;
   const T* row = grad + b * GS0 + h * GS2 + o0 * GS1;
   for (long w = 0; w < OW; w++) {
@@ -230,8 +231,10 @@ __attribute__((noinline)) static void list_row(const T* grad, long b, long h, Li
 // an output pixel reaches stay in registers, and move on with it.
 template <long ROWS>
 __attribute__((noinline)) static void add_row(const Lists from, const float* weights, float* to) {
-  constexpr long KEPT = SW == 1 && DW == 1 ? KW - 1 : 0;  // columns that the next pixel reaches too
-  auto at = [&](long row, long k, long v) { return to + (row * DH * TW + k * DW) * WIDTH + v * 16; };
+  constexpr long KEPT = SW == 1 && DW == 1 ? KW - 1 : 0;  // columns the next pixel reaches too
+  auto at = [&](long row, long k, long v) {
+    return to + (row * DH * TW + k * DW) * WIDTH + v * 16;
+  };
   f32x16 sum[ROWS][KW][CC];
   auto each = [&](long first, long last, auto&& act) {
 #pragma GCC unroll 32

@@ -22,10 +22,12 @@ aten = torch.ops.aten
 
 # Vectors of sums that fit into 32 registers beside what is added to them.
 _MAX_SUMS = 27
-# Output pixels of a tile: their input, and the lists, stay in the first-level cache.
-_TILE_PIXELS = 128
+# How many were fastest: with three vectors of input channels, the input of a tile is too large.
+_WANTED_SUMS = 18
+# Output pixels of a tile: the longer the lists, the fewer times sums are loaded and stored.
+_TILE_PIXELS = 256
 # Values of g that are listed before they are used: each chunk of input channels reads them again.
-_LISTED = 512 * 1024
+_LISTED = 128 * 1024
 # Up to this size every thread has sums of its own, for its share of the samples; above it, the
 # threads share out the output channels.
 _PRIVATE_BYTES = 1024 * 1024
@@ -142,7 +144,7 @@ def _blocking(grad: Tensor, x: Tensor, kernel: list[int], groups: int) -> dict[s
     """
     vectors = -(-(x.shape[1] // groups) // 16)
     rows = kernel[0] if kernel[0] * kernel[1] <= _MAX_SUMS else 1
-    chunks = -(-vectors // min(8, _MAX_SUMS // (rows * kernel[1])))
+    chunks = -(-vectors // max(1, _WANTED_SUMS // (rows * kernel[1])))
     per_chunk = -(-vectors // chunks)
     batch, out_channels, height, width = grad.shape
     tile_rows = max(1, min(height, _TILE_PIXELS // width))
@@ -160,7 +162,7 @@ constexpr long CG = CI / GROUPS, OG = CO / GROUPS, WIDTH = CC * 16, TAPS = KH * 
 constexpr long P = TN * R * OW;  // pixels of a tile
 constexpr long XR = (R - 1) * SH + (KH - 1) * DH + 1, XW = (OW - 1) * SW + (KW - 1) * DW + 1;
 constexpr long STRIPS = (OH + R - 1) / R, TILES = (B + TN - 1) / TN * STRIPS;
-constexpr long SETS = CC * HK * KW >= 8 ? 1 : 4;  // of sums, so that one need not wait for the other
+constexpr long SETS = CC * HK * KW >= 8 ? 1 : 4;  // of sums, so that none waits for another
 constexpr long CAPACITY = P + 16, SUM = TAPS * WIDTH;  // entries of a list; sums of a channel
 
 struct Tile {
@@ -199,35 +201,42 @@ static inline void transpose(f32x16 (&v)[16]) {
       }
 }
 
-// Where the pixels of a tile have their patches in the copy of the input.
-static void place(int32_t* entries) {
-  for (long p = 0; p < P; p++) {
-    long i = p / (R * OW), h = p / OW % R, w = p % OW;
-    entries[p] = int32_t(((i * XR + h * SH) * XW + w * SW) * WIDTH);
+// Where the pixels of a tile are in g, and their patches in the copy of the input.
+struct Places {
+  int64_t grad[P];
+  int32_t patch[P + 16] = {};
+  Places() {
+    for (long p = 0; p < P; p++) {
+      long i = p / (R * OW), h = p / OW % R, w = p % OW;
+      grad[p] = i * GS0 + h * GS2 + w * GS3;
+      patch[p] = int32_t(((i * XR + h * SH) * XW + w * SW) * WIDTH);
+    }
   }
-}
+};
 
 __attribute__((noinline)) static void list_tile(const T* grad, const Tile& tile, long o0, long o1,
-                                                const int32_t* place, long index, Memory& memory,
+                                                const Places& places, long index, Memory& memory,
                                                 const Pruner& prune, bool all) {
+  long pixels = tile.pixels();
+  uint32_t pixel = uint32_t((tile.b * OH + tile.h) * OW);
+  const T* from = grad + tile.b * GS0 + tile.h * GS2;
   for (long o = o0; o < o1; o++) memory.count(index, o) = 0;
-  for (long p = 0; p < tile.pixels(); p += 16) {
+  for (long p = 0; p < pixels; p += 16) {
     i32x16 entry;
-    std::memcpy(&entry, place + p, 64);
-    long count = std::min(16L, tile.pixels() - p);
+    std::memcpy(&entry, places.patch + p, 64);
+    long count = std::min(16L, pixels - p);
+    // Channels inside pixels: g is read in the order in which it lies in memory.
     for (long o = o0; o < o1; o += 16) {
       f32x16 v[16] = {};
-      for (long i = 0; i < count; i++) {
-        long b = tile.b + (p + i) / (tile.rows * OW), h = tile.h + (p + i) / OW % tile.rows;
-        long w = (p + i) % OW;
-        const T* from = grad + b * GS0 + o * GS1 + h * GS2 + w * GS3;
-        v[i] = prune(read16(from, GS1, CO - o), uint32_t((b * OH + h) * OW + w), o);
-      }
+      for (long i = 0; i < count; i++)
+        v[i] = prune(read16(from + o * GS1 + places.grad[p + i], GS1, CO - o),
+                     pixel + uint32_t(p + i), o);
       transpose(v);
+      float* values = memory.values(index, o);
+      int32_t *entries = memory.entries(index, o), *n = &memory.count(index, o);
       for (long i = 0; i < std::min(16L, o1 - o); i++) {
-        int32_t& n = memory.count(index, o + i);
-        n += int32_t(append(v[i], entry, count, all, memory.values(index, o + i) + n,
-                            memory.entries(index, o + i) + n));
+        long at = i * CAPACITY + n[i];
+        n[i] += int32_t(append(v[i], entry, count, all, values + at, entries + at));
       }
     }
   }
@@ -300,8 +309,7 @@ __attribute__((noinline)) static void add_tile(Memory& memory, long index, long 
 static void accumulate(const T* grad, const T* x, const Pruner& prune, long o0, long o1, long t0,
                        long t1, float* sums) {
   Memory memory;
-  int32_t places[P + 16] = {};
-  place(places);
+  const Places places;
   for (; t0 < t1; t0 += SUPER) {
     long tiles = std::min(SUPER, t1 - t0);
     for (long i = 0; i < tiles; i++)
