@@ -41,7 +41,8 @@ def norms(grad: Tensor, block: int) -> Tensor:
     """Return the norms of the blocks: [B, C, *out] -> [B, C / block, *out]."""
     if block == 1:
         return grad.abs()
-    return grad.unflatten(1, (grad.shape[1] // block, block)).square().sum(2).sqrt()
+    blocks: Tensor = grad.unflatten(1, (grad.shape[1] // block, block))
+    return blocks.square().sum(2).sqrt()
 
 
 def prune(grad: Tensor, threshold: Tensor, uniform: Tensor, block: int) -> Tensor:
@@ -59,7 +60,8 @@ def prune(grad: Tensor, threshold: Tensor, uniform: Tensor, block: int) -> Tenso
     scale = torch.where(kept, threshold / norm, 0.0)
     if block > 1:
         small, scale = (each.repeat_interleave(block, 1) for each in (small, scale))
-    return torch.where(small, grad * scale, grad).to(grad.dtype)
+    result: Tensor = torch.where(small, grad * scale, grad).to(grad.dtype)
+    return result
 
 
 def unsupported(channels: int, groups: int, block: int) -> str | None:
