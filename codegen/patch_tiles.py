@@ -50,9 +50,6 @@ constexpr long COLUMNS = TAPS * CG, WIDTH = NV * 16, M = 8;
 constexpr bool PAIRS = sizeof(T) == 2;
 constexpr long PACK = PAIRS ? 2 : 1, WORDS = BLOCK / PACK;
 constexpr long BLOCKS = (R + BLOCK - 1) / BLOCK, PART = PANELS * TILES * TILE;
-// Strides of x as it is read: of the tensor, or of its channels-last copy.
-constexpr long XS0 = COPIED ? IH * IW * CI : YS0, XS1 = COPIED ? 1 : YS1;
-constexpr long XS2 = COPIED ? IW * CI : YS2, XS3 = COPIED ? CI : YS3;
 
 // Where the windows of a block's rows begin, and a bit for each tap that is inside the image.
 struct Rows { long at[BLOCK]; uint64_t inside[BLOCK]; };

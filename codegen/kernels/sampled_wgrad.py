@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen import cpp, patch_tiles
+from codegen import channels_last, cpp, patch_tiles
 from codegen.kernel import Kernel, Sample, Source, register
 
 # Which taps of a row lie inside the image is one bit each of a 64-bit word.
@@ -143,9 +143,19 @@ def emit_cpp(
     blocks = max(1, -(-rows // tile["BLOCK"]))
     splits = max(1, min(_TASKS, _PARTIAL_BYTES // partial, blocks))
     slabs = max(1, min(_TASKS // splits, tile["PANELS"]))
-    # The vector path reads 16 neighbouring channels at once: other layouts are copied first.
+    # The vector path reads 16 neighbouring channels at once: other layouts are copied first, and
+    # the gradient where every range of columns would read it again.
     whole = (x.shape[1] // groups) % 16 == 0
-    copied = whole and x.stride(1) != 1
+    copies = [
+        channels_last.plan(x, "x", "x_copy") if whole and x.stride(1) != 1 else None,
+        channels_last.plan(grad, "grad", "grad_copy")
+        if grad.stride(1) != 1 and slabs > 1
+        else None,
+    ]
+    x_strides, grad_strides = (
+        tensor.stride() if copy is None else copy.strides
+        for tensor, copy in zip((x, grad), copies, strict=True)
+    )
     constants: dict[str, Any] = {
         "T": cpp.ELEMENTS[grad.dtype], "Index": _index_type(index),
         "B": batch, "CO": out_channels, "CI": x.shape[1], "GROUPS": groups,
@@ -154,13 +164,24 @@ def emit_cpp(
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
         "R": rows, "IS": index.stride(0), "WS": weight.stride(0),
         "CENTERED": center is not None, "CS": 0 if center is None else center.stride(0),
-        "SUMS": sums is not None, "COPIED": copied, "WHOLE": whole,
+        "SUMS": sums is not None, "WHOLE": whole and x_strides[1] == 1,
         **tile, "SPLITS": splits, "SLABS": slabs,
-        **cpp.strides("GS", grad), **cpp.strides("YS", x), **cpp.strides("RS", result),
+        **{f"XS{axis}": step for axis, step in enumerate(x_strides)},
+        **{f"GS{axis}": step for axis, step in enumerate(grad_strides)},
+        **cpp.strides("RS", result),
     }  # fmt: skip
-    copy_bytes = x.shape[0] * x[0].numel() * x.dtype.itemsize if copied else 0
-    scratch = splits * partial + splits * slabs * tile["BUFFER"] + copy_bytes
-    return Source(cpp.source(constants, patch_tiles.TEXT + _BODY), scratch_bytes=scratch)
+    sizes = [0 if copy is None else -(-copy.size_bytes // 64) * 64 for copy in copies]
+    constants["X_COPY_BYTES"] = sizes[0]
+    scratch = splits * partial + splits * slabs * tile["BUFFER"] + sum(sizes)
+    made = [
+        f"{copy.call}\n  {name} = {name}_copy;"
+        for copy, name in zip(copies, ("x", "grad"), strict=True)
+        if copy is not None
+    ]
+    body = _BODY.replace("MAKE_COPIES", "\n  ".join(made))
+    return Source(
+        cpp.source(constants, channels_last.TEXT + patch_tiles.TEXT + body), scratch_bytes=scratch
+    )
 
 
 def _index_type(index: Tensor) -> str:
@@ -176,17 +197,7 @@ def _unravel(flat: Tensor, sizes: Any) -> list[Tensor]:
     return coordinates[::-1]
 
 
-_BODY = r"""// A channels-last copy of one sample.
-static void copy_sample(const T* from, T* to) {
-  for (long h = 0; h < IH; h++)
-    for (long first = 0; first < IW; first += 16)
-      for (long c = 0; c < CI; c += 16)
-        for (long w = first; w < std::min(first + 16, IW); w++)
-          for (long l = c; l < c + 16; l++)
-            to[(h * IW + w) * CI + l] = from[l * YS1 + h * YS2 + w * YS3];
-}
-
-static void kernel(void* const* t) {
+_BODY = r"""static void kernel(void* const* t) {
   const T* grad = static_cast<const T*>(t[0]);
   const T* x = static_cast<const T*>(t[1]);
   const Index* index = static_cast<const Index*>(t[2]);
@@ -196,14 +207,11 @@ static void kernel(void* const* t) {
   T* result = static_cast<T*>(t[4 + CENTERED + SUMS]);
   float* parts = static_cast<float*>(t[5 + CENTERED + SUMS]);  // [SPLITS][GROUPS][PART]
   Buffers* buffers = reinterpret_cast<Buffers*>(parts + SPLITS * GROUPS * PART);  // one a thread
-  T* copy = reinterpret_cast<T*>(
-      reinterpret_cast<char*>(buffers) + SPLITS * SLABS * BUFFER);
+  T* x_copy = reinterpret_cast<T*>(reinterpret_cast<char*>(buffers) + SPLITS * SLABS * BUFFER);
+  T* grad_copy = reinterpret_cast<T*>(reinterpret_cast<char*>(x_copy) + X_COPY_BYTES);
 
   find_borders();
-  if (COPIED) {
-    parallel(B, [&](long b) { copy_sample(x + b * YS0, copy + b * XS0); });
-    x = copy;
-  }
+  MAKE_COPIES
   // A task has a range of rows and a range of columns: nobody else writes its sums.
   parallel(SPLITS * SLABS, [&](long task) {
     Buffers& mine = buffers[omp_get_thread_num()];
@@ -301,7 +309,7 @@ def samples() -> tuple[Sample, ...]:
     return (
         plain,
         wide,
-        _sample(3, (16, 8), (9, 7), (3, 3), (1, 1, 1, 1), rows=300, memory_format=nchw),
+        _sample(3, (16, 16), (9, 7), (3, 3), (1, 1, 1, 1), rows=300, memory_format=nchw),
         _sample(2, (1, 1), (5, 5), (1, 1), centered=False),
         _sample(1, (3, 63), (9, 8), (5, 5), (2, 2, 1, 1)),
         _sample(4, (6, 4), (11, 10), (3, 2), (2, 3, 2, 2), memory_format=nchw),
@@ -309,7 +317,7 @@ def samples() -> tuple[Sample, ...]:
         _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
         _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), rows=41, dtype=half),
         _sample(3, (16, 33), (8, 8), (3, 3), (1, 1, 1, 1), rows=261, dtype=half),
-        _sample(3, (48, 33), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, memory_format=nchw),
+        _sample(3, (48, 32), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, memory_format=nchw),
         _sample(3, (16, 9), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, centered=False),
         # A linear layer.
         _sample(70, (64, 17), (1, 1), (1, 1), rows=33),
