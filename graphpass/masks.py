@@ -5,11 +5,15 @@ bfloat16, the rounded copy answers as well, as rounding keeps every zero and mak
 subnormal numbers below 2^-134). Otherwise a mask would be kept beside the copy: a byte an element,
 and Inductor's C++ code stores masks element by element (a fused kernel that took 5 ms took 22 with
 a mask to store: 16 channels, 32x32, batch 128, one AVX-512 core, torch 2.13).
+
+A copy in 8 bits, rounded at random, makes zeros: it cannot answer. There the output itself is kept,
+as exact training keeps it, and the copy is made in backward like the mask.
 """
 
 import torch
 from torch.fx import Graph, Node
 
+from codegen.kernel import kernels
 from graphpass import joint_graph
 from graphpass.joint_graph import aten
 
@@ -36,6 +40,21 @@ def read_masks_from_copies(graph: Graph) -> int:
             graph.erase_node(other)
         for mask in masks:
             mask.update_arg(0, first)
+        count += len(masks)
+    return count
+
+
+def keep_outputs_of_masks(graph: Graph) -> int:
+    """Put masks and 8-bit copies of tensors that have both into backward; return how many."""
+    count = 0
+    for copy in graph.find_nodes(op="call_function", target=kernels()["int8_round"].op):
+        tensor = joint_graph.storage_of(copy.args[0])
+        masks = [] if joint_graph.is_backward(tensor) else _masks(tensor)
+        if not masks:
+            continue
+        for node in (copy, *masks):
+            # Nodes with this tag are not moved into forward to save bytes.
+            node.meta["partitioner_tag"] = "must_be_in_backward"
         count += len(masks)
     return count
 

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from graphpass import joint_graph, verify
 from graphpass.errors import RewriteError
 from graphpass.joint_graph import aten
-from graphpass.masks import read_masks_from_copies
+from graphpass.masks import keep_outputs_of_masks, read_masks_from_copies
 from graphpass.method import Method, salt_of
 from graphpass.site import Gradient, Site
 from graphpass.splice import size_nodes, splice
@@ -57,6 +57,7 @@ def rewrite(graph: Graph, replacements: Sequence[Replacement], seed: Node) -> No
                 f"{type(error).__name__}: {error}"
             ) from error
     read_masks_from_copies(graph)
+    keep_outputs_of_masks(graph)
     verify.check(graph, before, planned=len(replacements), fired=fired)
 
 

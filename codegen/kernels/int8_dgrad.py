@@ -153,6 +153,11 @@ constexpr long CG = CI / GROUPS, OG = CO / GROUPS, QUADS = (OG + 3) / 4, TAPS = 
 constexpr long PANELS = (VECTORS + PANEL - 1) / PANEL, PHASES = SH * SW;
 constexpr long LAST = VECTORS - (PANELS - 1) * PANEL;  // vectors in the last panel
 constexpr long STRIP = 16;                             // tiles in a row that one task computes
+// Where channels are not contiguous, a task's pixels are transposed from a buffer in the L1 cache:
+// 16 channels of one pixel may lie a page apart, all in one set of the cache.
+constexpr bool DIRECT = RS1 == 1;
+constexpr long STEP_W = DIRECT ? SW * RS3 : 16 * PANEL;
+constexpr long STEP_H = DIRECT ? SH * RS2 : STRIP * TILE_W * STEP_W;
 
 // Which taps reach the input pixels (SH * i + a, SW * j + b), and where g is for i = j = 0.
 struct Phase {
@@ -262,14 +267,8 @@ static inline void multiply(const Task& task, const uint8_t* grad, T* out) {
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][n]), _mm512_set1_ps(task.grad_scale));
       value = _mm512_mul_ps(value, _mm512_set1_ps(task.weight_scale));
       long left = std::min(16L, task.channels - 16 * n);
-      T* at = out + (m / W) * SH * RS2 + (m % W) * SW * RS3 + 16 * n * RS1;
-      if constexpr (RS1 == 1) {
-        write(at, value, __mmask16((1u << left) - 1));
-      } else {
-        alignas(64) float values[16];
-        _mm512_store_ps(values, value);
-        for (long c = 0; c < left; c++) store(at + c * RS1, values[c]);
-      }
+      write(out + (m / W) * STEP_H + (m % W) * STEP_W + 16 * n, value,
+            __mmask16((1u << left) - 1));
     }
 }
 
@@ -278,7 +277,7 @@ static inline void multiply(const Task& task, const uint8_t* grad, T* out) {
 template <long H, long N>
 static inline void strip(const Task& task, const uint8_t* grad, T* out, long width) {
   constexpr long WIDER = (IW + SW - 1) / SW % TILE_W, NARROWER = IW / SW % TILE_W;
-  for (; width >= TILE_W; width -= TILE_W, grad += TILE_W * CO, out += TILE_W * SW * RS3)
+  for (; width >= TILE_W; width -= TILE_W, grad += TILE_W * CO, out += TILE_W * STEP_W)
     multiply<TILE_W, H, N>(task, grad, out);
   if constexpr (WIDER > 0) if (width == WIDER) return multiply<WIDER, H, N>(task, grad, out);
   if constexpr (NARROWER > 0) if (width == NARROWER) multiply<NARROWER, H, N>(task, grad, out);
@@ -288,7 +287,14 @@ template <long N>
 static inline void rows(const Task& task, const uint8_t* grad, T* out, long height, long width) {
   if (height >= TILE_H) return strip<TILE_H, N>(task, grad, out, width);
   for (long h = 0; h < height; h++)
-    strip<1, N>(task, grad + h * GWP * CO, out + h * SH * RS2, width);
+    strip<1, N>(task, grad + h * GWP * CO, out + h * STEP_H, width);
+}
+
+static void transpose(const T* from, T* into, long channels, long height, long width) {
+  for (long c = 0; c < channels; c++)
+    for (long h = 0; h < height; h++)
+      for (long w = 0; w < width; w++)
+        into[c * RS1 + h * SH * RS2 + w * SW * RS3] = from[h * STEP_H + w * STEP_W + c];
 }
 
 static void kernel(void* const* t) {
@@ -324,8 +330,12 @@ static void kernel(void* const* t) {
     const uint8_t* g = grad + ((b * GHP + h) * GWP + w) * CO + group * OG;
     T* into = out + b * RS0 + (group * CG + panel * PANEL * 16) * RS1
               + (h * SH + p / SW) * RS2 + (w * SW + p % SW) * RS3;
-    if (panel < PANELS - 1) rows<PANEL>(task, g, into, height, width);
-    else rows<LAST>(task, g, into, height, width);
+    alignas(64) static thread_local T buffer[DIRECT ? 1 : TILE_H * STEP_H];
+    T* tile = DIRECT ? into : buffer;
+    if (panel < PANELS - 1) rows<PANEL>(task, g, tile, height, width);
+    else rows<LAST>(task, g, tile, height, width);
+    if (DIRECT) return;
+    transpose(buffer, into, std::min(PANEL * 16, task.channels), height, width);
   });
 }
 """

@@ -71,3 +71,22 @@ def test_gradients_are_those_of_the_exact_mask(rewired: list[int]) -> None:
 def test_a_net_without_rounded_copies_is_left_alone(rewired: list[int]) -> None:
     _gradients(Net(), torch.randn(2, 3, 6, 6), {"conv2": "zero"})
     assert rewired == [0]
+
+
+def test_with_a_copy_in_8_bits_the_output_is_kept_and_no_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[int] = []
+
+    def kept_outputs(graph: Graph) -> int:
+        counts.append(masks.keep_outputs_of_masks(graph))
+        return counts[-1]
+
+    monkeypatch.setattr(rewrite, "keep_outputs_of_masks", kept_outputs)
+    gradients = [{"name": "int8", "gradient": which} for which in ("input", "weight")]
+    _gradients(Net(), torch.randn(4, 3, 10, 9), {"conv2": gradients})
+    report = graphpass.reports()[-1]
+    planned = report.planned_saved_bytes
+    assert counts == [1] and planned is not None
+    # Nothing but a few numbers, such as the largest magnitude, is kept beside it.
+    assert 0 <= planned - report.exact_saved_bytes < 100
