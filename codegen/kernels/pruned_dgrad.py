@@ -276,12 +276,18 @@ static void add_rows(const Lists& from, const float* weights, float* tile, long 
 
 __attribute__((noinline)) static void write(const float* tile, T* result, long c0) {
   long count = std::min(WIDTH, CG - c0 % CG);
-  for (long h = 0; h < IH; h++)
-    for (long w = 0; w < IW; w++) {
-      const float* from = tile + (h * TW + w + PW) * WIDTH;
-      T* to = result + c0 * RS1 + h * RS2 + w * RS3;
-      for (long c = 0; c < count; c++) store(to + c * RS1, from[c]);
+  result += c0 * RS1;
+  for (long h = 0; h < IH; h++) {
+    const float* from = tile + (h * TW + PW) * WIDTH;
+    T* to = result + h * RS2;
+    if (RS1 == 1) {
+      for (long w = 0; w < IW; w++)
+        for (long c = 0; c < count; c++) store(to + c + w * RS3, from[w * WIDTH + c]);
+    } else {
+      for (long c = 0; c < count; c++)
+        for (long w = 0; w < IW; w++) store(to + c * RS1 + w * RS3, from[w * WIDTH + c]);
     }
+  }
 }
 
 static void compute(const float* packed, T* result, Memory& memory, long b, long images) {
