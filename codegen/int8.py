@@ -6,6 +6,8 @@ the last value follow `SLACK` bytes, so that a vector may be read from where the
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +114,58 @@ def grad_border(
     return before, after
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A convolution of random 8-bit numbers, for the kernels' samples.
+
+    Attributes:
+        batch: images.
+        channels: in and out.
+        size: the input's spatial sizes.
+        kernel: the kernel's.
+        geometry: stride, padding, dilation and groups.
+    """
+
+    batch: int
+    channels: tuple[int, int]
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    geometry: tuple[int, int, int, int] = (1, 0, 1, 1)
+
+    @property
+    def axes(self) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        """Spatial sizes of the output and the kernel; stride, padding and dilation."""
+        stride, padding, dilation, _ = self.geometry
+        out = [
+            (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for side, taps in zip(self.size, self.kernel, strict=True)
+        ]
+        return out, list(self.kernel), [stride] * 2, [padding] * 2, [dilation] * 2
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return output gradient, input and weight, in the layout above."""
+        random = torch.Generator().manual_seed(self.batch)
+        (inner, outer), size, axes = self.channels, list(self.size), self.axes
+        shapes = [
+            (self.batch, outer, *axes[0]),
+            (self.batch, inner, *size),
+            (outer, inner // self.geometry[3], *self.kernel),
+        ]
+        borders = [grad_border(size, *axes), input_border(size, *axes), ([0, 0], [0, 0])]
+        grad, x, weight = (
+            to_bytes(torch.randint(-127, 128, shape, generator=random), *border)
+            for shape, border in zip(shapes, borders, strict=True)
+        )
+        return grad, x, weight
+
+    def sizes(self) -> tuple[Any, ...]:
+        """Return the arguments that follow operands and scales."""
+        (inner, outer), (out, *axes) = self.channels, self.axes
+        return (
+            [self.batch, outer, *out], [self.batch, inner, *self.size], *axes, self.geometry[3]
+        )  # fmt: skip
+
+
 def unsupported() -> str | None:
     """Return why this machine cannot multiply bytes; None if it can."""
     tools = build.toolchain()
@@ -144,5 +198,17 @@ static inline __m512i interleave16(const uint8_t* const* row) {
   result = _mm512_inserti32x4(result, _mm_unpackhi_epi16(low01, low23), 1);
   result = _mm512_inserti32x4(result, _mm_unpacklo_epi16(high01, high23), 2);
   return _mm512_inserti32x4(result, _mm_unpackhi_epi16(high01, high23), 3);
+}
+
+// The same of 64 bytes, in the order that unpacking within 128-bit lanes leaves them.
+static inline void interleave64(const uint8_t* const* row, uint8_t* into) {
+  __m512i r[4];
+  for (int i = 0; i < 4; i++) r[i] = _mm512_loadu_si512(row[i]);
+  __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]), low23 = _mm512_unpacklo_epi8(r[2], r[3]);
+  __m512i high01 = _mm512_unpackhi_epi8(r[0], r[1]), high23 = _mm512_unpackhi_epi8(r[2], r[3]);
+  _mm512_store_si512(into, _mm512_unpacklo_epi16(low01, low23));
+  _mm512_store_si512(into + 64, _mm512_unpackhi_epi16(low01, low23));
+  _mm512_store_si512(into + 128, _mm512_unpacklo_epi16(high01, high23));
+  _mm512_store_si512(into + 192, _mm512_unpackhi_epi16(high01, high23));
 }
 """

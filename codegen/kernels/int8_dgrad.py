@@ -8,6 +8,7 @@ stays in registers while taps and output channels are run through. g is read as 
 value + 128; what the 128 adds is the same for every pixel and is what the sums start from.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -342,36 +343,19 @@ static void kernel(void* const* t) {
 
 
 def _sample(
-    batch: int,
-    channels: tuple[int, int],
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
+    *problem: Any,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     scale: float = 0.01,
 ) -> Sample:
-    """Return a problem; `geometry` is stride, padding, dilation and groups."""
-    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
-    out = [
-        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-        for side, taps in zip(size, kernel, strict=True)
-    ]
-    axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
-    border = int8.grad_border(list(size), out, list(kernel), *axes)
+    example = int8.Example(*problem)
 
     def args() -> tuple[Any, ...]:
-        random = torch.Generator().manual_seed(batch)
-        g = torch.randint(-127, 128, (batch, out_channels, *out), generator=random)
-        shape = (out_channels, in_channels // groups, *kernel)
-        w = torch.randint(-127, 128, shape, generator=random)
-        sizes = [batch, out_channels, *out], [batch, in_channels, *size], list(kernel)
-        return (
-            int8.to_bytes(g, *border), int8.to_bytes(w, [0, 0], [0, 0]),
-            torch.tensor(scale), torch.tensor(0.5), *sizes, *axes, groups, dtype, channels_last,
-        )  # fmt: skip
+        grad, _, weight = example.operands()
+        scales = torch.tensor(scale), torch.tensor(0.5)
+        return grad, weight, *scales, *example.sizes(), dtype, channels_last
 
-    return Sample(args, length=out_channels // groups * kernel[0] * kernel[1])
+    return Sample(args, length=example.channels[1] * math.prod(example.kernel))
 
 
 def samples() -> tuple[Sample, ...]:

@@ -11,6 +11,7 @@ x is read as unsigned bytes, value + 128: the 128 times the sum of g is what the
 The order of additions depends on nothing but the shapes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from codegen.kernel import Kernel, Sample, Source, register
 
 aten = torch.ops.aten
 
-# Quadruples of pixels in a chunk: with these a panel, 32 KB, stays in the L1 cache; where dw is
-# large, reading and writing it must be worth it.
+# Quadruples of pixels in a chunk: a panel, 32 KB, stays in the L1 cache; more where dw is large.
 _QUADS, _QUADS_LARGE, _LARGE_BYTES = 128, 512, 512 * 1024
 # Packed g may take this much of the L2 cache.
 _GRAD_BYTES = 1 << 20
@@ -67,7 +67,8 @@ def reference(
     axes = kernel, stride, padding, dilation
     g = int8.from_bytes(grad, out_size, *int8.grad_border(size[2:], out_size[2:], *axes), wide)
     values = int8.from_bytes(x, size, *int8.input_border(size[2:], out_size[2:], *axes), wide)
-    result = fake(grad, x, grad_scale, input_scale, out_size, size, *axes, groups, channels_last)
+    scales = grad_scale, input_scale
+    result = fake(grad, x, *scales, out_size, size, *axes, groups, channels_last)
     dw: Tensor = aten.convolution_backward(
         g, values, torch.empty_like(result), None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],
@@ -120,9 +121,8 @@ def emit_cpp(
     grad_border = int8.grad_border(size[2:], out_size[2:], *axes)
     batch, out_height, out_width, out_channels = int8.padded(out_size, [0, 0], [0, 0])
     _, grad_height, grad_width, _ = int8.padded(out_size, *grad_border)
-    _, height, width, channels = int8.padded(
-        size, *int8.input_border(size[2:], out_size[2:], *axes)
-    )
+    input_border = int8.input_border(size[2:], out_size[2:], *axes)
+    _, height, width, channels = int8.padded(size, *input_border)
     if kernel == [1, 1] and (out_height, out_width) == (grad_height, grad_width) == (height, width):
         # All pixels of all images are one row.
         out_width = grad_width = width = batch * height * width
@@ -206,18 +206,6 @@ static void pack_grad(const uint8_t* grad, const Chunk& chunk, Packed& packed) {
     sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128));
     _mm512_store_si512(packed.start + o, sum);
   }
-}
-
-// Four pixels by 64 columns, in the order that unpacking within 128-bit lanes leaves them.
-static inline void interleave64(const uint8_t* const* row, uint8_t* into) {
-  __m512i r[4];
-  for (int i = 0; i < 4; i++) r[i] = _mm512_loadu_si512(row[i]);
-  __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]), low23 = _mm512_unpacklo_epi8(r[2], r[3]);
-  __m512i high01 = _mm512_unpackhi_epi8(r[0], r[1]), high23 = _mm512_unpackhi_epi8(r[2], r[3]);
-  _mm512_store_si512(into, _mm512_unpacklo_epi16(low01, low23));
-  _mm512_store_si512(into + 64, _mm512_unpackhi_epi16(low01, low23));
-  _mm512_store_si512(into + 128, _mm512_unpacklo_epi16(high01, high23));
-  _mm512_store_si512(into + 192, _mm512_unpackhi_epi16(high01, high23));
 }
 
 template <long N>
@@ -319,7 +307,7 @@ static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long 
   for (long i = from; i < to; i++) {
     Chunk chunk(i);
     for (long which = begin; which < end; which++) {
-      long group = which / PANELS, segment = which % PANELS / EACH, block = which % EACH;
+      long group = which / PANELS, segment = which % PANELS / EACH, block = which % PANELS % EACH;
       if (which == begin || which % PANELS == 0) pack_grad(grad + group * OG, chunk, packed);
       const uint8_t* columns = x + segment * DW * CI + group * CG + block * 64;
       float* into = partial(sums, split, which, 0);
@@ -369,36 +357,15 @@ static void kernel(void* const* t) {
 """
 
 
-def _sample(
-    batch: int,
-    channels: tuple[int, int],
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
-    channels_last: bool = True,
-    scale: float = 0.01,
-) -> Sample:
-    """Return a problem; `geometry` is stride, padding, dilation and groups."""
-    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
-    out = [
-        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-        for side, taps in zip(size, kernel, strict=True)
-    ]
-    axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
-    geometry_ = list(size), out, list(kernel), *axes
+def _sample(*problem: Any, channels_last: bool = True, scale: float = 0.01) -> Sample:
+    example = int8.Example(*problem)
 
     def args() -> tuple[Any, ...]:
-        random = torch.Generator().manual_seed(batch)
-        g = torch.randint(-127, 128, (batch, out_channels, *out), generator=random)
-        x = torch.randint(-127, 128, (batch, in_channels, *size), generator=random)
-        sizes = [batch, out_channels, *out], [batch, in_channels, *size], list(kernel)
-        return (
-            int8.to_bytes(g, *int8.grad_border(*geometry_)),
-            int8.to_bytes(x, *int8.input_border(*geometry_)),
-            torch.tensor(scale), torch.tensor(0.5), *sizes, *axes, groups, channels_last,
-        )  # fmt: skip
+        grad, x, _ = example.operands()
+        scales = torch.tensor(scale), torch.tensor(0.5)
+        return grad, x, *scales, *example.sizes(), channels_last
 
-    return Sample(args, length=batch * out[0] * out[1])
+    return Sample(args, length=example.batch * math.prod(example.axes[0]))
 
 
 def samples() -> tuple[Sample, ...]:
