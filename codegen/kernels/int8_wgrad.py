@@ -224,14 +224,12 @@ static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
             long w = chunk.column + std::min(4 * q + i, chunk.columns - 1);
             rows[i] = row + w * SW * CI;
           }
-          if constexpr (N == 4 && FULL > 0) {
-            interleave64(rows, to);
-          } else {
+          if constexpr (N == 4 && FULL > 0) interleave64(rows, to);
+          else
             for (long n = 0; n < N; n++) {
               _mm512_store_si512(to + 64 * n, interleave16(rows));
               for (long i = 0; i < 4; i++) rows[i] += 16;
             }
-          }
         }
       }
 }
@@ -307,7 +305,7 @@ static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long 
   for (long i = from; i < to; i++) {
     Chunk chunk(i);
     for (long which = begin; which < end; which++) {
-      long group = which / PANELS, segment = which % PANELS / EACH, block = which % PANELS % EACH;
+      long group = which / PANELS, segment = which % PANELS / EACH, block = which % EACH;
       if (which == begin || which % PANELS == 0) pack_grad(grad + group * OG, chunk, packed);
       const uint8_t* columns = x + segment * DW * CI + group * CG + block * 64;
       float* into = partial(sums, split, which, 0);
