@@ -101,6 +101,36 @@ static long find_rows(const Index* index, long first, Rows& rows) {
   return padded / PACK;
 }
 
+// Read memory in order that is about to be read here and there: the hardware fetches ahead of the
+// one, and waits at every pixel of the other. With a quarter of the pixels and 32 channels at 16x16
+// that took a third of the time away. Rows that are far apart, in no order, are left alone.
+constexpr long SWEEP_BYTES = 400000;
+static void sweep(const T* data, long first, long last, long size) {
+  first = std::max(first, 0L);
+  last = std::min(last, size);
+  if ((last - first) * long(sizeof(T)) > SWEEP_BYTES) return;
+  float sum = 0;
+  for (long i = first; i < last; i += 64 / long(sizeof(T))) sum += load(data[i]);
+  // The loads have to happen, whatever they give.
+  static volatile float used;
+  if (sum == 12345.0f) used = sum;
+}
+static void sweep_block(const T* grad, const T* x, const Index* index, long block) {
+  long first = B * POSITIONS, last = -1;
+  for (long i = block * BLOCK; i < std::min((block + 1) * BLOCK, R); i++) {
+    first = std::min(first, long(index[i * IS]));
+    last = std::max(last, long(index[i * IS]));
+  }
+  auto at = [](long r, long sample, long row) {
+    return r / POSITIONS * sample + r % POSITIONS / OW * row;
+  };
+  if (XS1 == 1 && XS3 == CI && XS2 == IW * CI && XS0 == IH * XS2)
+    sweep(x, at(first, XS0, SH * XS2) - PH * XS2, at(last, XS0, SH * XS2) + KH * DH * XS2, B * XS0);
+  // Gradients of several lines a pixel are fetched line by line well enough.
+  if (GS1 == 1 && GS3 == CO && GS2 == OW * CO && GS0 == OH * GS2 && CO * sizeof(T) <= 64)
+    sweep(grad, at(first, GS0, GS2), at(last, GS0, GS2) + GS2, B * GS0);
+}
+
 // The weighted gradients of a block: [tiles][words][M], tiles NEXT words apart.
 static void pack_grads(const T* grad, const Index* index, const float* weight, long first,
                        uint32_t* into) {

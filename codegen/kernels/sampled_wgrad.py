@@ -219,6 +219,7 @@ _BODY = r"""static void kernel(void* const* t) {
     long begin = split * BLOCKS / SPLITS, end = (split + 1) * BLOCKS / SPLITS;
     for (long block = begin; block < end; block++) {
       long words = find_rows(index, block * BLOCK, mine.rows);
+      if (slab == 0) sweep_block(grad, x, index, block);
       for (long g = 0; g < GROUPS; g++) {
         const float* mu = CENTERED ? center + g * CG * CS : nullptr;
         float* part = parts + (split * GROUPS + g) * PART;
