@@ -27,8 +27,8 @@ from codegen.kernel import Kernel, Sample, Source, register
 _MAX_TAPS = 64
 # Tasks that a call is divided into, however many threads there are, so that results do not depend
 # on their number; and how much memory partial sums may take before columns are divided instead.
-_TASKS = 16
-_PARTIAL_BYTES = 1 << 21
+_TASKS = 8
+_PARTIAL_BYTES = 1 << 23
 
 
 def reference(
