@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from graphpass import joint_graph, verify
 from graphpass.errors import RewriteError
 from graphpass.joint_graph import aten
-from graphpass.masks import keep_outputs_of_masks, read_masks_from_copies
+from graphpass.masks import settle_masks
 from graphpass.method import Method, salt_of
 from graphpass.site import Gradient, Site
 from graphpass.splice import size_nodes, splice
@@ -56,8 +56,7 @@ def rewrite(graph: Graph, replacements: Sequence[Replacement], seed: Node) -> No
                 f"could not rewrite {what} at {nodes[name].format_node()}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    read_masks_from_copies(graph)
-    keep_outputs_of_masks(graph)
+    settle_masks(graph)
     verify.check(graph, before, planned=len(replacements), fired=fired)
 
 
@@ -102,40 +101,13 @@ def _rewrite_convolution(graph: Graph, node: Node, group: list[Replacement], see
             new = _approximate(graph, node, replacement, operands, seed, like=user)
             fired += 1
         else:
-            new = _exact_part(graph, node, int(index), _input_is_kept(node, group))  # type: ignore[arg-type]
+            new = _exact_part(graph, node, int(index))  # type: ignore[arg-type]
         _replace(graph, user, new)
     graph.erase_node(node)
     return fired
 
 
-def _input_is_kept(node: Node, group: list[Replacement]) -> bool:
-    """Return whether backward needs the convolution's input, whatever its exact products read."""
-    readers = [r.method for r in group if "input" in r.method.operands(r.site, r.params)]
-    if not readers:
-        return _is_kept_anyway(node)
-    # A rounded copy is kept in its place, and serves whatever else would need it (see `masks`).
-    return any(method.computes_in is None for method in readers)
-
-
-def _is_kept_anyway(node: Node) -> bool:
-    """Return whether something else needs the convolution's input in backward, on a CPU.
-
-    After a ReLU the input tells where the gradient passes. Without the input, a mask would be
-    kept instead: a quarter of the bytes, which is a gain on a GPU; but Inductor's C++ code stores
-    masks element by element, and the forward part of a residual block took 4 times as long
-    (16 channels, 32x32, batch 128: 26 ms instead of 6 on one AVX-512 core, torch 2.13).
-    """
-    x = node.args[1]
-    assert isinstance(x, Node)
-    if joint_graph.value_of(x).device.type != "cpu":
-        return False
-    return any(
-        user is not node and joint_graph.is_backward(user)
-        for user in joint_graph.users_through_views(x)
-    )
-
-
-def _exact_part(graph: Graph, node: Node, index: int, input_is_kept: bool) -> Node:
+def _exact_part(graph: Graph, node: Node, index: int) -> Node:
     """Return one result of `convolution_backward`, computed without the others.
 
     The input gradient needs only the shape of the input. Passing the input itself would keep it
@@ -147,16 +119,13 @@ def _exact_part(graph: Graph, node: Node, index: int, input_is_kept: bool) -> No
     geometry = node.args[4:10]
     assert isinstance(grad, Node) and isinstance(x, Node) and isinstance(weight, Node)
 
-    def input_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def input_grad(grad: Tensor, weight: Tensor, *sizes: int) -> Tensor:
+        x = torch.empty_permuted(sizes, layout, dtype=grad.dtype, device=grad.device)
         mask = [True, False, False]
         result: Tensor = aten.convolution_backward.default(grad, x, weight, None, *geometry, mask)[
             0
         ]
         return result
-
-    def input_grad_without_input(grad: Tensor, weight: Tensor, *sizes: int) -> Tensor:
-        stand_in = torch.empty_permuted(sizes, layout, dtype=grad.dtype, device=grad.device)
-        return input_grad(grad, stand_in, weight)
 
     def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         mask = [False, True, False]
@@ -170,12 +139,9 @@ def _exact_part(graph: Graph, node: Node, index: int, input_is_kept: bool) -> No
 
     like = next(user for user in node.users if user.args[1] == index)
     layout = _layout(joint_graph.value_of(like))
-    if index == 0 and input_is_kept:
-        return splice(graph, node, _laid_out(input_grad, layout), (grad, x, weight))
     if index == 0:
         sizes = size_nodes(graph, node, x)
-        without = _laid_out(input_grad_without_input, layout)
-        return splice(graph, node, without, (grad, weight, *sizes))
+        return splice(graph, node, _laid_out(input_grad, layout), (grad, weight, *sizes))
     if index == 1:
         return splice(graph, node, _laid_out(weight_grad, layout), (grad, x, weight))
     return splice(graph, node, bias_grad, (grad,))
