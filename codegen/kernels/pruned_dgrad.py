@@ -10,22 +10,23 @@ The sums of one input pixel stay in registers: a fused multiply-add for each vec
 channels, its weights read from the first-level cache. Letters: B batch, Ci and Co channels.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen import cpp, pruning
+from codegen import pruned_convolution as convolution
 from codegen.kernel import Kernel, Sample, Source, register
+from codegen.pruned_convolution import MAX_SUMS, Problem
 
 aten = torch.ops.aten
 
 # Bytes of the weights that are in use at a time: most of a first-level cache. The fewer slices, the
 # fewer times sums are loaded and stored.
 _SLICE_BYTES = 40 * 1024
-# Vectors of sums that fit into 32 registers beside what is added to them.
-_MAX_SUMS = 27
-# Enough of them to hide the latency of an addition.
+# Vectors of sums that are enough to hide the latency of an addition.
 _FEW_SUMS = 12
 
 
@@ -105,30 +106,18 @@ def emit_cpp(
     block: int,
 ) -> Source | str:
     """Return the source for convolutions of two spatial axes."""
-    if len(stride) != 2:
-        return f"no kernel for {len(stride)} spatial axes"
-    if (reason := cpp.unsupported(grad, weight)) is not None or grad.dtype != weight.dtype:
-        return reason or "operands of two types"
-    if weight.shape[3] > _MAX_SUMS:
-        return f"a kernel {weight.shape[3]} pixels wide"
-    if (reason := pruning.unsupported(grad.shape[1], groups, block)) is not None:
+    kernel = weight.shape[2:]
+    if reason := convolution.unsupported(grad, weight, threshold, kernel, groups, block):
         return reason
-    if threshold.dtype != torch.float32:
-        return "a threshold that is not float32"
     result = fake(
         grad.to("meta"), weight, threshold, seed, size, stride, padding, dilation, groups, salt,
         block,
     )  # fmt: skip
-    kernel = weight.shape[2:]
-    constants: dict[str, Any] = {
-        "T": cpp.ELEMENTS[grad.dtype],
-        "B": size[0], "CO": grad.shape[1], "CI": size[1], "GROUPS": groups,
-        "OH": grad.shape[2], "OW": grad.shape[3], "IH": size[2], "IW": size[3],
-        "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
-        "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
-        "SALT": salt, "BLOCK": block,
+    geometry = (kernel, stride, padding, dilation, groups, salt, block)
+    constants = {
+        **convolution.constants(grad, size, *geometry),
         **_blocking(grad, weight, size, groups),
-        **cpp.strides("GS", grad), **cpp.strides("WS", weight), **cpp.strides("RS", result),
+        **cpp.strides("WS", weight), **cpp.strides("RS", result),
     }  # fmt: skip
     weights = constants["CBS"] * constants["CB"] * constants["CHUNKS"] * constants["CC"] * 16
     scratch = 4 * groups * weights * kernel[0] * kernel[1] + 64
@@ -145,7 +134,7 @@ def _blocking(grad: Tensor, weight: Tensor, size: list[int], groups: int) -> dic
     height, width = weight.shape[2:]
     vectors = -(-in_channels // 16)
     # All taps at once read the lists once; with many channels, long vectors of few taps are faster.
-    together = height * width * vectors <= _MAX_SUMS
+    together = height * width * vectors <= MAX_SUMS
     chunks = 1 if together else -(-vectors // max(1, _FEW_SUMS // width))
     taps = height * width if together else width
     per_chunk = -(-vectors // chunks)
@@ -154,7 +143,8 @@ def _blocking(grad: Tensor, weight: Tensor, size: list[int], groups: int) -> dic
     # The more weights there are, the more pixels have to share one reading of them.
     pixels = 128 if 4 * weight.numel() <= 512 * 1024 else 512
     rows = max(1, min(grad.shape[2], pixels // grad.shape[3]))
-    images = max(1, min(size[0], pixels // grad[0, 0].numel())) if rows == grad.shape[2] else 1
+    whole = rows == grad.shape[2]
+    images = max(1, min(size[0], pixels // (rows * grad.shape[3]))) if whole else 1
     return {
         "CC": per_chunk, "CHUNKS": chunks, "CB": channels, "CBS": -(-out_channels // channels),
         "TN": images, "R": rows, "HK": height if together else 1,
@@ -341,76 +331,16 @@ static void kernel(void* const* t) {
 """
 
 
-def _sample(
-    batch: int,
-    channels: tuple[int, int],
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
-    block: int = 1,
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.channels_last,
-) -> Sample:
-    """Return a problem; `geometry` is stride, padding, dilation and groups."""
-    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
-    out = [
-        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-        for side, taps in zip(size, kernel, strict=True)
-    ]
-
-    def args() -> tuple[Any, ...]:
-        random = torch.Generator().manual_seed(batch)
-        grad = torch.randn(batch, out_channels, *out, generator=random)
-        weight = torch.randn(out_channels, in_channels // groups, *kernel, generator=random)
-        threshold = 1.5 * pruning.norms(grad, block).mean()
-        grad, weight = (x.to(dtype, memory_format=memory_format) for x in (grad, weight))
-        axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
-        shape = [batch, in_channels, *size]
-        return grad, weight, threshold, torch.tensor(5), shape, *axes, groups, 77, block
-
-    return Sample(args, length=out_channels * kernel[0] * kernel[1])
-
-
-def _with(sample: Sample, number: int, change: Any) -> Sample:
-    """Return a sample with one argument changed."""
-
-    def args() -> tuple[Any, ...]:
-        given = list(sample.args())
-        given[number] = change(given[number])
-        return tuple(given)
-
-    return Sample(args, sample.length)
-
-
-def _not_finite(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[1, 2, 1, 2], x[2, 3, 2, 1] = torch.nan, torch.inf
-    return x
-
-
 def samples() -> tuple[Sample, ...]:
     """Return convolutions of every geometry, in both layouts and types, and odd sizes."""
-    nchw, half = torch.contiguous_format, torch.bfloat16
-    plain = _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1))
-    return (
-        plain,
-        _sample(2, (1, 1), (5, 5), (1, 1)),
-        _sample(1, (3, 63), (9, 8), (5, 5), (2, 2, 1, 1)),
-        _sample(4, (6, 4), (11, 10), (3, 2), (2, 3, 2, 2), memory_format=nchw),
-        _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
-        _sample(2, (40, 64), (16, 16), (3, 3), (1, 1, 1, 1), block=8),
-        _sample(2, (300, 40), (5, 4), (3, 3), (1, 1, 1, 1), block=4),
-        _sample(70, (32, 160), (4, 4), (1, 1), (2, 0, 1, 1), block=16, dtype=half),
-        _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half),
-        _sample(3, (4, 33), (8, 8), (3, 3), (1, 2, 1, 1), dtype=half, memory_format=nchw),
-        _with(plain, 0, _not_finite),
-        _with(plain, 1, _not_finite),
-        _with(plain, 2, lambda _: torch.tensor(torch.inf)),
-        _with(plain, 2, lambda _: torch.tensor(1e30)),
-        # What a sum over the output hands back: one value, expanded.
-        _with(plain, 0, lambda grad: grad[:, :1, :1, :1].expand(grad.shape)),
-        _with(plain, 0, lambda grad: grad.flip(3).transpose(2, 3).contiguous().mT),
-    )
+
+    def args(problem: Problem) -> tuple[Any, ...]:
+        grad, x, weight, threshold = problem.operands()
+        *axes, groups = problem.geometry
+        lists = (list(x.shape), *([axis] * 2 for axis in axes))
+        return grad, weight, threshold, torch.tensor(5), *lists, groups, 77, problem.block
+
+    return convolution.samples(args, lambda problem: problem.channels[1] * prod(problem.kernel))
 
 
 register(

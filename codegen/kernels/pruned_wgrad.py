@@ -10,19 +10,20 @@ all taps and of one or two vectors of input channels stay in registers. Letters:
 channels.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen import cpp, pruning
+from codegen import pruned_convolution as convolution
 from codegen.kernel import Kernel, Sample, Source, register
+from codegen.pruned_convolution import MAX_SUMS, Problem
 
 aten = torch.ops.aten
 
-# Vectors of sums that fit into 32 registers beside what is added to them.
-_MAX_SUMS = 27
-# How many were fastest: with three vectors of input channels, the input of a tile is too large.
+# Vectors of sums that were fastest: with more, the input of a tile is too large.
 _WANTED_SUMS = 18
 # Output pixels of a tile: the longer the lists, the fewer times sums are loaded and stored.
 _TILE_PIXELS = 256
@@ -108,30 +109,17 @@ def emit_cpp(
     block: int,
 ) -> Source | str:
     """Return the source for convolutions of two spatial axes."""
-    if len(kernel) != 2:
-        return f"no kernel for {len(kernel)} spatial axes"
-    if (reason := cpp.unsupported(grad, x)) is not None or grad.dtype != x.dtype:
-        return reason or "operands of two types"
-    if kernel[1] > _MAX_SUMS:
-        return f"a kernel {kernel[1]} pixels wide"
-    if (reason := pruning.unsupported(grad.shape[1], groups, block)) is not None:
+    if reason := convolution.unsupported(grad, x, threshold, kernel, groups, block):
         return reason
-    if threshold.dtype != torch.float32:
-        return "a threshold that is not float32"
     result = fake(
         grad.to("meta"), x.to("meta"), threshold, seed, kernel, stride, padding, dilation, groups,
         salt, block,
     )  # fmt: skip
-    batch, out_channels, out_height, out_width = grad.shape
-    constants: dict[str, Any] = {
-        "T": cpp.ELEMENTS[grad.dtype],
-        "B": batch, "CO": out_channels, "CI": x.shape[1], "GROUPS": groups,
-        "OH": out_height, "OW": out_width, "IH": x.shape[2], "IW": x.shape[3],
-        "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
-        "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
-        "SALT": salt, "BLOCK": block,
+    geometry = (kernel, stride, padding, dilation, groups, salt, block)
+    constants = {
+        **convolution.constants(grad, x.shape, *geometry),
         **_blocking(grad, x, kernel, groups),
-        **cpp.strides("GS", grad), **cpp.strides("XS", x), **cpp.strides("RS", result),
+        **cpp.strides("XS", x), **cpp.strides("RS", result),
     }  # fmt: skip
     return Source(cpp.source(constants, pruning.CPP + _BODY))
 
@@ -143,7 +131,7 @@ def _blocking(grad: Tensor, x: Tensor, kernel: list[int], groups: int) -> dict[s
     output pixels of TN images; SUPER tiles are listed before they are used.
     """
     vectors = -(-(x.shape[1] // groups) // 16)
-    rows = kernel[0] if kernel[0] * kernel[1] <= _MAX_SUMS else 1
+    rows = kernel[0] if kernel[0] * kernel[1] <= MAX_SUMS else 1
     chunks = -(-vectors // max(1, _WANTED_SUMS // (rows * kernel[1])))
     per_chunk = -(-vectors // chunks)
     batch, out_channels, height, width = grad.shape
@@ -368,76 +356,17 @@ static void kernel(void* const* t) {
 """
 
 
-def _sample(
-    batch: int,
-    channels: tuple[int, int],
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    geometry: tuple[int, int, int, int] = (1, 0, 1, 1),
-    block: int = 1,
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.channels_last,
-) -> Sample:
-    """Return a problem; `geometry` is stride, padding, dilation and groups."""
-    (in_channels, out_channels), (stride, padding, dilation, groups) = channels, geometry
-    out = [
-        (side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-        for side, taps in zip(size, kernel, strict=True)
-    ]
-
-    def args() -> tuple[Any, ...]:
-        random = torch.Generator().manual_seed(batch)
-        grad = torch.randn(batch, out_channels, *out, generator=random)
-        x = torch.randn(batch, in_channels, *size, generator=random)
-        threshold = 1.5 * pruning.norms(grad, block).mean()
-        grad, x = (tensor.to(dtype, memory_format=memory_format) for tensor in (grad, x))
-        axes = [[stride] * 2, [padding] * 2, [dilation] * 2]
-        return grad, x, threshold, torch.tensor(5), list(kernel), *axes, groups, 77, block
-
-    return Sample(args, length=batch * out[0] * out[1])
-
-
-def _with(sample: Sample, number: int, change: Any) -> Sample:
-    """Return a sample with one argument changed."""
-
-    def args() -> tuple[Any, ...]:
-        given = list(sample.args())
-        given[number] = change(given[number])
-        return tuple(given)
-
-    return Sample(args, sample.length)
-
-
-def _not_finite(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[1, 2, 4, 3], x[2, 5, 3, 2] = torch.nan, torch.inf
-    return x
-
-
 def samples() -> tuple[Sample, ...]:
     """Return convolutions of every geometry, in both layouts and types, and odd sizes."""
-    nchw, half = torch.contiguous_format, torch.bfloat16
-    plain = _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1))
-    return (
-        plain,
-        _sample(2, (1, 1), (5, 5), (1, 1)),
-        _sample(1, (3, 63), (9, 8), (5, 5), (2, 2, 1, 1)),
-        _sample(4, (6, 4), (11, 10), (3, 2), (2, 3, 2, 2), memory_format=nchw),
-        _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
-        _sample(2, (40, 64), (16, 16), (3, 3), (1, 1, 1, 1), block=8),
-        _sample(2, (300, 120), (5, 4), (3, 3), (1, 1, 1, 1), block=4),
-        _sample(70, (32, 160), (4, 4), (1, 1), (2, 0, 1, 1), block=16, dtype=half),
-        _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half),
-        _sample(3, (4, 33), (8, 8), (3, 3), (1, 2, 1, 1), dtype=half, memory_format=nchw),
-        _with(plain, 0, _not_finite),
-        _with(plain, 1, _not_finite),
-        _with(plain, 2, lambda _: torch.tensor(torch.inf)),
-        _with(plain, 2, lambda _: torch.tensor(1e30)),
-        # What a sum over the output hands back: one value, expanded.
-        _with(plain, 0, lambda grad: grad[:, :1, :1, :1].expand(grad.shape)),
-        _with(plain, 0, lambda grad: grad.flip(3).transpose(2, 3).contiguous().mT),
-        _with(plain, 1, lambda x: x.flip(3).transpose(2, 3).contiguous().mT),
-    )
+
+    def args(problem: Problem) -> tuple[Any, ...]:
+        grad, x, _, threshold = problem.operands()
+        *axes, groups = problem.geometry
+        lists = (list(problem.kernel), *([axis] * 2 for axis in axes))
+        return grad, x, threshold, torch.tensor(5), *lists, groups, 77, problem.block
+
+    # No less than the output pixels of all samples.
+    return convolution.samples(args, lambda problem: 4 * problem.batch * prod(problem.size))
 
 
 register(
