@@ -1,5 +1,7 @@
 """Masks of ReLUs come from the rounded copy that a bfloat16 product keeps anyway."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,13 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv1(x))
         return torch.relu(self.conv2(x) + x).sum()
+
+
+@pytest.fixture(autouse=True)
+def _aten_only() -> Iterator[None]:
+    """What is tested here are graphs: Inductor need not write loops for them."""
+    with torch._inductor.config.patch(fallback_by_default=True):
+        yield
 
 
 @pytest.fixture
