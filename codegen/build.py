@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -25,6 +26,17 @@ from codegen.cache import cache_dir, write_atomically
 # What a compiled kernel is called with: one pointer a tensor.
 Launch = Callable[[Sequence[int]], None]
 ENTRY = "graphpass_kernel"
+# Every source begins with these.
+HEADERS = """\
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+"""
 
 
 class KernelBuildError(RuntimeError):
@@ -118,7 +130,8 @@ def _compile(source: str, path: Path, tools: Toolchain) -> None:
     text = path.with_suffix(".cpp")
     write_atomically(text, source)
     temporary = path.parent / f".{uuid.uuid4().hex}.so"
-    command = [tools.path, *tools.flags, str(text), "-o", str(temporary), *_libraries()]
+    headers = _compiled_headers(path.parent, tools)
+    command = [tools.path, *tools.flags, *headers, str(text), "-o", str(temporary), *_libraries()]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
@@ -126,6 +139,36 @@ def _compile(source: str, path: Path, tools: Toolchain) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _compiled_headers(folder: Path, tools: Toolchain) -> list[str]:
+    """Return arguments that bring in the standard headers, compiled once with GCC.
+
+    Reading them takes 0.3 s, which is a third of what a kernel takes. The header itself is empty:
+    where GCC does not take the compiled form, the source includes what it needs.
+    """
+    if "clang" in tools.identity:
+        return []
+    with _HEADERS_LOCK:
+        digest = hashlib.sha256(f"{tools.identity}\n{HEADERS}".encode()).hexdigest()[:32]
+        header = folder / f"{digest}.h"
+        compiled = folder / f"{digest}.h.gch"
+        if not compiled.exists():
+            text = folder / f".{uuid.uuid4().hex}.h"
+            text.write_text(HEADERS)
+            command = [tools.path, *tools.flags, "-x", "c++-header", str(text)]
+            command += ["-o", f"{text}.gch"]
+            try:
+                write_atomically(header, "")
+                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                    Path(f"{text}.gch").replace(compiled)
+            finally:
+                text.unlink(missing_ok=True)
+                Path(f"{text}.gch").unlink(missing_ok=True)
+    return ["-include", str(header)] if compiled.exists() else []
+
+
+_HEADERS_LOCK = Lock()
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codegen import draws
+from codegen.build import HEADERS
 
 Number = int | float | bool
 
@@ -53,15 +54,7 @@ def _constant(name: str, value: Number | Sequence[int] | str) -> str:
 
 
 _PRELUDE = f"""\
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+{HEADERS}
 // torch's own functions, declared here because its headers take longer to compile than kernels do.
 namespace c10 {{ struct BFloat16; }}
 namespace at {{

@@ -49,6 +49,11 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return done
 
 
+def _suffixes(folder: Path) -> list[str]:
+    """Return what lies in a folder beside the compiled headers."""
+    return sorted(path.suffix for path in folder.iterdir() if path.suffix not in {".h", ".gch"})
+
+
 def _run(source: str) -> list[float]:
     x = torch.zeros(5)
     build.start(source).result()([x.data_ptr()])
@@ -78,9 +83,19 @@ def test_sources_that_differ_in_a_constant_do_not_meet(compilations: list[Path])
 
 def test_source_stands_beside_its_library_and_nothing_else_does(folder: Path) -> None:
     _run(SOURCE)
-    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".so"]
+    assert _suffixes(folder) == [".cpp", ".so"]
     (text,) = folder.glob("*.cpp")
     assert text.read_text() == SOURCE
+
+
+def test_compiled_headers_are_a_matter_of_speed_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(SOURCE)
+    for compiled in folder.glob("*.gch"):
+        compiled.write_text("cut short")
+    other = cpp.source({"COUNT": 4, "STEP": 0.5}, BODY)
+    assert _run(other) == [0.5, 0.5, 0.5, 0.5, 0]
 
 
 def test_a_library_that_was_cut_short_is_built_anew(
@@ -106,7 +121,7 @@ def test_processes_may_build_the_same_source_at_once(folder: Path) -> None:
     for process in running:
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and printed.strip() == str([0.5] * 5)
-    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".so"]
+    assert _suffixes(folder) == [".cpp", ".so"]
 
 
 def test_a_source_that_does_not_compile_is_our_bug_and_names_the_file(folder: Path) -> None:
