@@ -5,7 +5,7 @@ Every test does the same thing twice from the same seed, with `backend="inductor
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -41,17 +41,6 @@ pytestmark = [
     # a broken graph hands to the next (2.13, torch/_dynamo/variables/builder.py, safe_has_grad).
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 ]
-
-
-@pytest.fixture
-def aten_only() -> Iterator[None]:
-    """Let Inductor call ATen for every operation, instead of writing and compiling C++.
-
-    A backend in front of Inductor can change no more than the graphs and the inputs. Those are the
-    same here, and compiling takes a fifth of the time.
-    """
-    with torch._inductor.config.patch(fallback_by_default=True):
-        yield
 
 
 # Each net in one setting at least, each setting with nets of several kinds.

@@ -12,6 +12,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import graphpass
 from graphpass import ConfigError, Schedule, capture, report, variants
 
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 WIDTH = 6
 BATCH = 4
 ZERO: dict[str, Any] = {"methods": {"body": "zero"}}

@@ -1,6 +1,5 @@
 """Masks of ReLUs come from the rounded copy that a bfloat16 product keeps anyway."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,11 +26,8 @@ class Net(nn.Module):
         return torch.relu(self.conv2(x) + x).sum()
 
 
-@pytest.fixture(autouse=True)
-def _aten_only() -> Iterator[None]:
-    """What is tested here are graphs: Inductor need not write loops for them."""
-    with torch._inductor.config.patch(fallback_by_default=True):
-        yield
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ channels, k kept positions.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -22,14 +22,8 @@ Gradients = Mapping[str, Tensor]
 BATCH = 4
 
 
-@pytest.fixture(autouse=True)
-def _aten_only() -> Iterator[None]:
-    """Let Inductor call ATen for every operation: what is tested here are graphs, not its loops.
-
-    Without C++ to compile, a test takes a fifth of the time.
-    """
-    with torch._inductor.config.patch(fallback_by_default=True):
-        yield
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
 
 
 def compile_with(model: nn.Module, **options: Any) -> nn.Module:

@@ -21,6 +21,9 @@ from graphpass import ConfigError, Decision, Plan, Schedule
 from graphpass.plan import PLAN_VERSION
 from graphpass.schedule import SCHEDULES
 
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 STEPS = 3
 PLAN = Plan(
     (

@@ -11,6 +11,9 @@ import graphpass
 from graphpass import ConfigError, Plan, Report
 from graphpass.errors import Reason
 
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 
 class Small(nn.Module):
     """Two convolutions and a linear layer."""

@@ -20,6 +20,9 @@ from graphpass.method import Method, get_method
 from graphpass.rewrite import Replacement, seed_placeholder
 from graphpass.site import Gradient, Site
 
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 STEPS = 3
 SITE = Site(
     name="fc",

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 import graphpass
 from graphpass import ConfigError, Schedule, Session, report, variants
 
+# What is tested here are graphs, not the loops that Inductor writes for them.
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 Step = Callable[[int], Tensor]
 
 WIDTH = 6
