@@ -27,7 +27,7 @@ demo: $(STAMP)  ## train a small network exactly and approximately, side by side
 	$(BIN)/python -m examples.cifar10 --compare $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests (PYTEST_ARGS, JOBS)
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check formatting and lint rules
 	$(BIN)/ruff format --check .

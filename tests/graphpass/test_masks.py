@@ -1,6 +1,5 @@
 """Masks of ReLUs come from the rounded copy that a bfloat16 product keeps anyway."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn
