@@ -62,14 +62,6 @@ def storage_of(node: Node) -> Node:
     return node
 
 
-def users_through_views(node: Node) -> list[Node]:
-    """Return what reads the values of `node`, directly or through views, copies and casts."""
-    users: list[Node] = []
-    for user in node.users:
-        users.extend(users_through_views(user) if user.target in _VIEWS else [user])
-    return users
-
-
 def dims_of(shape: Sequence[int | torch.SymInt]) -> Shape:
     """Return a shape with every symbolic size as a sympy expression."""
     return tuple(size if isinstance(size, int) else size.node.expr for size in shape)
