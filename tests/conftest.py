@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.compiling import aten_only
+
 # Sums come out in the same order on every machine, and tests that run side by side on the cores
 # do not wait for each other's threads.
 THREADS = 1
@@ -49,6 +51,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_caches].cleanup()
 
 
+# First: pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no GPU; keep the tests of one contract case together."""
     for item in items:
@@ -76,14 +80,10 @@ def _reset_dynamo() -> None:
         sys.modules["torch._dynamo"].reset()
 
 
-@pytest.fixture
-def aten_only() -> Iterator[None]:
-    """Let Inductor call ATen for every operation, instead of writing and compiling C++.
-
-    A backend in front of Inductor can change no more than the graphs and the inputs. Those are the
-    same here, and compiling takes a fifth of the time.
-    """
-    with torch._inductor.config.patch(fallback_by_default=True):
+@pytest.fixture(name="aten_only")
+def _aten_only() -> Iterator[None]:
+    """Compile without C++: see `tests.compiling`."""
+    with aten_only():
         yield
 
 

@@ -29,6 +29,7 @@ from graphpass.method import Method, Sample, get_method, methods, register, salt
 from graphpass.plan import Plan
 from graphpass.rewrite import Replacement
 from graphpass.site import Gradient, Site
+from tests.compiling import aten_only
 
 SEED = 7
 STEPS = 2
@@ -163,7 +164,7 @@ def outcome(case: Case) -> Outcome:
         ),
         # C++ is generated for the first sample of a method. For the others torch's own operators
         # run in the same graphs: what a method gives does not depend on how they were compiled.
-        torch._inductor.config.patch(fallback_by_default=not case.with_generated_code),
+        aten_only(not case.with_generated_code),
     ):
         _listen(patch, sites, rewritten)
         compiled = torch.compile(problem, backend="approx", options=options)
