@@ -255,7 +255,7 @@ def test_approximate_run_reports_what_it_did(capsys: pytest.CaptureFixture[str])
     assert run["compile_s"] > run["train_s"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("aten_only")
 def test_approximate_run_resumes_exactly(tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     expected = cifar10.main([*ZERO, "--checkpoint", str(whole)])

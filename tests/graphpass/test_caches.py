@@ -4,7 +4,6 @@ The processes are those of this file itself, run as a program. Each takes a list
 what came of every one; the tests look at one run each.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from torch.fx import Graph
 import graphpass
 from graphpass import Schedule, capture, fingerprint, memory, report, variants
 from graphpass.capture import Analysis
+from tests.compiling import aten_only
 
 WIDTH = 6
 BATCH = 4
@@ -123,7 +123,8 @@ def main() -> None:
 
     capture.analyse = counting
     torch.set_num_threads(1)
-    print(json.dumps({what: one_run(what) for what in sys.argv[1:]}))
+    with aten_only():
+        print(json.dumps({what: one_run(what) for what in sys.argv[1:]}))
 
 
 def process(folder: Path, *runs: str) -> dict[str, Result]:
@@ -152,18 +153,12 @@ Processes = tuple[dict[str, Result], dict[str, Result]]
 @pytest.fixture(scope="module")
 def first_and_second(tmp_path_factory: pytest.TempPathFactory) -> Processes:
     """Return the runs of a process, and those of a second one with the same caches."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers have a folder each, in one that they share; the first to come does the runs.
-        root = root.parent
-    results = root / "first_and_second.json"
-    with (root / "first_and_second.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not results.exists():
-            both = [process(root / "caches", *runs) for runs in (FIRST, SECOND)]
-            results.write_text(json.dumps(both))
-    first, second = json.loads(results.read_text())
-    return first, second
+    caches = tmp_path_factory.mktemp("caches")
+    return process(caches, *FIRST), process(caches, *SECOND)
+
+
+# One worker runs the two processes for all the tests that look at them.
+by_one_worker = pytest.mark.xdist_group("first and second process")
 
 
 def weight(grads: list[Any], layer: int) -> Tensor:
@@ -171,6 +166,7 @@ def weight(grads: list[Any], layer: int) -> Tensor:
     return torch.tensor(grads[2 * layer])
 
 
+@by_one_worker
 def test_a_second_process_finds_every_variant(first_and_second: Processes) -> None:
     first, second = (runs["two"] for runs in first_and_second)
     # The capture is a miss too, and abandoned.
@@ -182,6 +178,7 @@ def test_a_second_process_finds_every_variant(first_and_second: Processes) -> No
     assert zero == [False, True, False, True]
 
 
+@by_one_worker
 def test_a_second_process_gives_the_same_report(first_and_second: Processes) -> None:
     first, second = (runs["two"] for runs in first_and_second)
     assert second["reports"] == first["reports"]
@@ -190,6 +187,7 @@ def test_a_second_process_gives_the_same_report(first_and_second: Processes) -> 
     assert record["variants"] == 2
 
 
+@by_one_worker
 def test_a_second_process_finds_late_variants(first_and_second: Processes) -> None:
     first, second = (runs["late"] for runs in first_and_second)
     assert (second["hits"], second["misses"]) == (2, 0)
@@ -197,6 +195,7 @@ def test_a_second_process_finds_late_variants(first_and_second: Processes) -> No
     assert second["reports"] == first["reports"]
 
 
+@by_one_worker
 def test_a_late_variant_of_a_second_process_gives_the_same_gradients(
     first_and_second: Processes,
 ) -> None:
@@ -207,6 +206,7 @@ def test_a_late_variant_of_a_second_process_gives_the_same_gradients(
     assert zero == [False, False, True, True]
 
 
+@by_one_worker
 def test_an_exact_plan_shares_its_entry_with_inductor(first_and_second: Processes) -> None:
     first, second = first_and_second
     assert first["inductor"]["misses"] == 1
@@ -214,11 +214,13 @@ def test_an_exact_plan_shares_its_entry_with_inductor(first_and_second: Processe
     assert second["exact"]["grads"] == first["inductor"]["grads"]
 
 
+@by_one_worker
 def test_an_exact_variant_shares_its_entry_with_inductor(first_and_second: Processes) -> None:
     first, _ = first_and_second
     assert (first["two"]["hits"], first["two"]["misses"]) == (1, 2)
 
 
+@by_one_worker
 def test_another_plan_does_not_get_the_graphs_of_the_first(first_and_second: Processes) -> None:
     first, second = first_and_second
     exact, drawn = first["inductor"], second["drawn"]
@@ -233,6 +235,7 @@ def test_another_plan_does_not_get_the_graphs_of_the_first(first_and_second: Pro
         assert grads[1:] == wanted[1:]
 
 
+@by_one_worker
 def test_a_users_pass_runs_beside_ours_and_shares_the_cache(first_and_second: Processes) -> None:
     first, second = (runs["users pass, zero"] for runs in first_and_second)
     # "two" has compiled the same variant before, but without the user's pass.

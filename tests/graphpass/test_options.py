@@ -13,6 +13,8 @@ from torch import nn
 import graphpass
 from graphpass import ConfigError, Options, Plan, Schedule
 
+pytestmark = pytest.mark.usefixtures("aten_only")
+
 FIELDS = [field.name for field in fields(Options)]
 
 

@@ -162,6 +162,7 @@ def test_outputs_stay_as_they_are_when_every_step_ends_before_the_next() -> None
         assert equal([output.detach() for output in held], before)
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_the_variant_of_a_backward_is_that_of_its_forward() -> None:
     """Also when the next step has begun, and when backward runs twice."""
     model = Net()
@@ -327,6 +328,7 @@ def test_a_hundred_steps_compile_two_variants_of_one_graph(compilations: list[Gr
     assert [r.variants for r in graphpass.reports()] == [2]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_switching_touches_no_guard(compilations: list[Graph]) -> None:
     """Nor does an exact section."""
     model = Net()
@@ -346,6 +348,7 @@ def test_switching_touches_no_guard(compilations: list[Graph]) -> None:
     assert len(compilations) == 2
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_an_exact_part_after_an_approximate_one_equals_inductor(compilations: list[Graph]) -> None:
     model = Net()
     call = compiled(model, {"methods": {"body": "zero"}, "schedule": Schedule.until(3)})
@@ -359,6 +362,7 @@ def test_an_exact_part_after_an_approximate_one_equals_inductor(compilations: li
         assert len(compilations) == 2
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_late_approximate_variant_follows_an_exact_start(compilations: list[Graph]) -> None:
     model = Net()
     call = compiled(model, {"methods": {"body": "zero"}, "warmup_steps": 2})
@@ -368,6 +372,7 @@ def test_a_late_approximate_variant_follows_an_exact_start(compilations: list[Gr
         assert len(compilations) == (1 if number < 2 else 2)
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_late_variant_of_a_static_graph_has_static_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -391,6 +396,7 @@ def test_a_late_variant_of_a_static_graph_has_static_sizes(
     assert symbols == [set(), set()]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_gradients_in_eval_mode_compile_the_exact_variant_when_first_asked_for(
     compilations: list[Graph],
 ) -> None:
@@ -423,6 +429,7 @@ def rotating(layers: int) -> Schedule:
 LAYERS = ["head", "body", "tail"]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_more_variants_than_allowed_run_exactly_with_one_warning(
     compilations: list[Graph],
 ) -> None:
@@ -447,6 +454,7 @@ def test_more_variants_than_allowed_run_exactly_with_one_warning(
 # Symbolic sizes.
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_with_symbolic_sizes_every_variant_is_compiled_at_once(compilations: list[Graph]) -> None:
     model = Net()
     call = compiled(model, {"methods": {"*": "zero"}, "schedule": rotating(3)}, dynamic=True)
@@ -465,6 +473,7 @@ def test_with_symbolic_sizes_every_variant_is_compiled_at_once(compilations: lis
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_symbolic_variants_give_inductors_gradients_where_exact() -> None:
     model = Net()
     options = {"methods": {"body": "zero"}, "schedule": EVERY_OTHER}
@@ -481,6 +490,7 @@ def test_symbolic_variants_give_inductors_gradients_where_exact() -> None:
         assert equal(got, exact)
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_combination_not_foreseen_is_exact_with_one_warning_where_sizes_are_symbolic(
     compilations: list[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +509,7 @@ def test_a_combination_not_foreseen_is_exact_with_one_warning_where_sizes_are_sy
     assert len(compilations) == 3
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_graph_with_symbolic_sizes_has_a_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -520,6 +531,7 @@ def batch_of_a_step(call: Callable[..., Any], number: int) -> "weakref.ref[Tenso
     return weakref.ref(x)
 
 
+@pytest.mark.usefixtures("aten_only")
 @pytest.mark.parametrize(
     ("rule", "dynamic"),
     [("always", False), (EVERY_OTHER, False), (Schedule.until(1), False), (EVERY_OTHER, True)],
@@ -572,6 +584,7 @@ class Narrow(nn.Module):
         return y
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_two_models_have_steps_and_plans_of_their_own() -> None:
     one, other = Net(), Narrow()
     call_one = compiled(one, {"methods": {"body": "zero"}, "schedule": EVERY_OTHER})
@@ -588,6 +601,7 @@ def test_two_models_have_steps_and_plans_of_their_own() -> None:
     assert [d.site for d in sessions[1].plan.approximated] == ["only:weight"]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_two_models_of_one_class_have_sessions_of_their_own() -> None:
     options = {"methods": {"body": "zero"}, "schedule": EVERY_OTHER}
     one, other = Net(), Net()
@@ -601,6 +615,7 @@ def test_two_models_of_one_class_have_sessions_of_their_own() -> None:
     assert [graphpass.session(model).step for model in (one, other)] == [2, 3]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_an_exact_section_and_eval_mode_are_those_of_the_model_that_runs() -> None:
     options = {"methods": {"body": "zero"}}
     one, other = Net(), Net()
@@ -616,6 +631,7 @@ def test_an_exact_section_and_eval_mode_are_those_of_the_model_that_runs() -> No
     assert seen == [[], ["body"]]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_recompiling_a_model_with_other_options_plans_it_anew() -> None:
     model = Net()
     for number, layer in enumerate(LAYERS):
@@ -672,6 +688,7 @@ def train_blocks(model: Blocks, steps: int) -> list[list[Tensor]]:
     return grads
 
 
+@pytest.mark.usefixtures("aten_only")
 @pytest.mark.parametrize(
     "options",
     [
@@ -690,6 +707,7 @@ def test_a_checkpoint_around_a_block_changes_no_gradient(options: dict[str, Any]
         assert equal(one, other)
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_checkpoints_around_blocks_that_share_a_graph_change_no_gradient() -> None:
     plain = train_blocks(Blocks(3, DRAWN), 2)
     recomputed = train_blocks(Blocks(3, DRAWN, recomputed=True), 2)
@@ -697,6 +715,7 @@ def test_checkpoints_around_blocks_that_share_a_graph_change_no_gradient() -> No
         assert equal(one, other)
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_checkpoint_recomputes_the_variant_of_its_own_forward() -> None:
     """Two forwards, then two backwards: the second forward is the last one for both."""
     options = {"methods": {"inner": "zero"}, "schedule": EVERY_OTHER}
@@ -707,6 +726,7 @@ def test_a_checkpoint_recomputes_the_variant_of_its_own_forward() -> None:
         assert zeroed(model) == ["blocks.0.inner"] * number
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_checkpoint_in_eval_mode_is_exact() -> None:
     options = {"methods": {"inner": "zero"}}
     model = Blocks(1, options, recomputed=True)
@@ -715,6 +735,7 @@ def test_a_checkpoint_in_eval_mode_is_exact() -> None:
     assert train_blocks(model, 1)[0][0].any()
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_reentrant_checkpoint_is_approximated_too() -> None:
     model = Block()
     model.compile(backend="approx", options={"methods": {"inner": "zero"}})
@@ -723,6 +744,7 @@ def test_a_reentrant_checkpoint_is_approximated_too() -> None:
         assert zeroed(model) == ["inner"]
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_blocks_compiled_one_by_one_train() -> None:
     model = Blocks(3, {"methods": {"inner": "zero"}, "schedule": EVERY_OTHER})
     for number in range(4):
@@ -757,6 +779,7 @@ def parallel(model: nn.Module, bucket_mb: int) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
 
 
+@pytest.mark.usefixtures("aten_only")
 @NO_LEAF_WARNING
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
@@ -783,6 +806,7 @@ def test_data_parallel_models_train(bucket_mb: int, rule: Schedule) -> None:
     assert graphpass.session(call).step == 3  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("aten_only")
 @pytest.mark.usefixtures("process_group")
 def test_the_layers_of_a_split_graph_are_numbered_through() -> None:
     call = compiled(parallel(Wide(), 1), {"methods": {"*.body": "zero", "*.tail": "zero"}})
@@ -792,6 +816,7 @@ def test_the_layers_of_a_split_graph_are_numbered_through() -> None:
     assert layers == {("module.body:weight", 2), ("module.tail:weight", 3)}
 
 
+@pytest.mark.usefixtures("aten_only")
 @NO_LEAF_WARNING
 def test_the_layers_of_frames_with_the_same_code_are_numbered_through() -> None:
     class Loop(nn.Module):
@@ -813,6 +838,7 @@ def test_the_layers_of_frames_with_the_same_code_are_numbered_through() -> None:
     assert layers == {("blocks.0.inner:weight", 1), ("blocks.1.inner:weight", 2)}
 
 
+@pytest.mark.usefixtures("aten_only")
 def test_a_warning_is_given_once() -> None:
     with pytest.warns(UserWarning, match="graphpass: something") as caught:
         variants.warn_once("something")
