@@ -34,6 +34,12 @@ PLANS: dict[str, Specs] = {
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
     "prune": _every("prune", *BACKWARD),
+    "prune, bf16 forward": _every("prune", *BACKWARD) + _every("bf16", "forward"),
+    "int8 input, pixels weight, bf16 forward": [
+        *_every("int8", "input"),
+        *_every("pixels", "weight"),
+        *_every("bf16", "forward"),
+    ],
     "pixels": _every("pixels", "weight"),
     "topk": _every("topk", "weight"),
 }

@@ -1,4 +1,4 @@
-"""Back-propagation through the convolutions of two networks, pruned at p = 0.99 against exact.
+"""Back-propagation through the convolutions of whole networks, pruned at p = 0.99 against exact.
 
     python -m benchmarks.pruning
     python -m benchmarks.pruning --threads 1 --rounds 9 --p 0.9
@@ -13,18 +13,20 @@ convolutions stand before ReLU and pooling, all but 9 % are zero, as the paper's
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.timing import gate, interleave, write_results
 from codegen.kernel import kernels
+from examples.models import build
 from graphpass.methods.prune import Params, density, threshold
 
 BATCH = 128
@@ -33,7 +35,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution that occurs `times` times in a network; all its figures are square."""
+    """A convolution; all its figures are square."""
 
     channels: int
     filters: int
@@ -41,43 +43,52 @@ class Layer:
     kernel: int = 3
     stride: int = 1
     padding: int = 1
-    times: int = 1
 
 
-# Layers, and the share of an output gradient that no mask has set to zero. The first layer needs no
-# input gradient, and is left out.
-NETWORKS: dict[str, tuple[float, tuple[Layer, ...]]] = {
-    "ResNet-18": (
-        1.0,
-        (
-            Layer(64, 64, 32, times=4),
-            Layer(64, 128, 32, stride=2),
-            Layer(64, 128, 32, 1, 2, 0),
-            Layer(128, 128, 16, times=3),
-            Layer(128, 256, 16, stride=2),
-            Layer(128, 256, 16, 1, 2, 0),
-            Layer(256, 256, 8, times=3),
-            Layer(256, 512, 8, stride=2),
-            Layer(256, 512, 8, 1, 2, 0),
-            Layer(512, 512, 4, times=3),
-        ),
-    ),
-    "AlexNet": (
-        0.09,
-        (
-            Layer(64, 192, 16, padding=2),
-            Layer(192, 384, 8),
-            Layer(384, 256, 8),
-            Layer(256, 256, 8),
-        ),
-    ),
-}
+# A network's layers with how often each occurs, and the share of an output gradient that no mask
+# has set to zero.
+Network = tuple[float, Mapping[Layer, int]]
+
+
+def networks() -> dict[str, Network]:
+    """Return the networks of the paper's table, by name."""
+    found: dict[str, Network] = {
+        f"ResNet-{depth}": (1.0, convolutions(build(f"resnet{depth}")))
+        for depth in (18, 50, 101, 152)
+    }
+    alexnet = (
+        Layer(64, 192, 16, padding=2),
+        Layer(192, 384, 8),
+        Layer(384, 256, 8),
+        Layer(256, 256, 8),
+    )
+    return {**found, "AlexNet": (0.09, Counter(alexnet))}
+
+
+def convolutions(model: nn.Module) -> Counter[Layer]:
+    """Return the convolutions of a network but the first, which needs no input gradient."""
+    layers: list[Layer] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        del output
+        assert isinstance(module, nn.Conv2d)
+        _, channels, size, _ = inputs[0].shape
+        window = module.kernel_size[0], module.stride[0], int(module.padding[0])
+        layers.append(Layer(channels, module.out_channels, size, *window))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    # Only shapes are wanted: nothing is computed on this device.
+    model.to("meta")(torch.empty(1, 3, 32, 32, device="meta"))
+    return Counter(layers[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure both networks with each number of threads, print a table, write the results."""
+    """Measure the networks with each number of threads, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--networks", nargs="+", default=list(networks()))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--p", type=float, default=0.99)
     parser.add_argument("--block", type=int, default=1)
@@ -87,17 +98,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not given.no_gate:
         gate()
     params, console = Params(p=given.p, block=given.block), Console(width=110)
-    rows = []
+    layers: list[dict[str, Any]] = []
+    totals: list[dict[str, Any]] = []
+    chosen = {name: network for name, network in networks().items() if name in given.networks}
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for network, (share, layers) in NETWORKS.items():
-            for layer in layers:
-                row = _measure(layer, share, params, given.rounds)
-                rows.append({"network": network, "threads": threads, **row})
-    networks = [_total(rows, network, n) for n in given.threads for network in NETWORKS]
-    console.print(_table(rows, networks))
+        # The networks share most of their layers.
+        measured: dict[tuple[Layer, float], dict[str, Any]] = {}
+        for name, (share, counts) in chosen.items():
+            for layer in counts:
+                if (layer, share) not in measured:
+                    row = _measure(layer, share, params, given.rounds)
+                    measured[layer, share] = {"threads": threads, **row}
+            rows = {layer: measured[layer, share] for layer in counts}
+            totals.append({"network": name, "threads": threads, **_total(rows, counts)})
+        layers += measured.values()
+    console.print(_table(layers, totals))
     record = {"batch": BATCH, "p": given.p, "block": given.block}
-    path = write_results(given.output, {**record, "networks": networks, "layers": rows})
+    path = write_results(given.output, {**record, "networks": totals, "layers": layers})
     console.print(f"written to {path}")
 
 
@@ -126,7 +144,6 @@ def _measure(layer: Layer, share: float, params: Params, rounds: int) -> dict[st
     return {
         "layer": f"{layer.channels}x{layer.filters}x{layer.size} {layer.kernel}x{layer.kernel}"
         + f"/{layer.stride}",
-        "times": layer.times,
         "density": float(density(grad, params)),
         "exact_s": statistics.median(seconds["exact"]),
         "pruned_s": statistics.median(seconds["pruned"]),
@@ -153,24 +170,19 @@ def _operands(layer: Layer, share: float) -> tuple[Tensor, Tensor, Tensor]:
     return grad.to(memory_format=last), x.to(memory_format=last), weight.to(memory_format=last)
 
 
-def _total(rows: Sequence[dict[str, Any]], network: str, threads: int) -> dict[str, Any]:
-    mine = [row for row in rows if (row["network"], row["threads"]) == (network, threads)]
+def _total(rows: Mapping[Layer, dict[str, Any]], counts: Mapping[Layer, int]) -> dict[str, float]:
     exact, pruned = (
-        sum(row[key] * row["times"] for row in mine) for key in ("exact_s", "pruned_s")
+        sum(rows[layer][key] * times for layer, times in counts.items())
+        for key in ("exact_s", "pruned_s")
     )
-    return {
-        "network": network, "threads": threads, "exact_s": exact, "pruned_s": pruned,
-        "exact_over_pruned": exact / pruned,
-    }  # fmt: skip
+    return {"exact_s": exact, "pruned_s": pruned, "exact_over_pruned": exact / pruned}
 
 
-def _table(rows: Sequence[dict[str, Any]], networks: Sequence[dict[str, Any]]) -> Table:
-    table = Table(
-        "network", "threads", "layer", "times", "density", "exact ms", "pruned ms", "ratio"
-    )
-    for row in (*rows, *networks):
+def _table(layers: Sequence[dict[str, Any]], totals: Sequence[dict[str, Any]]) -> Table:
+    table = Table("threads", "network or layer", "density", "exact ms", "pruned ms", "ratio")
+    for row in (*layers, *totals):
         table.add_row(
-            row["network"], str(row["threads"]), row.get("layer", "all"), str(row.get("times", "")),
+            str(row["threads"]), row.get("network") or row["layer"],
             f"{row['density']:.3f}" if "density" in row else "",
             f"{row['exact_s'] * 1e3:.1f}", f"{row['pruned_s'] * 1e3:.1f}",
             f"{row['exact_over_pruned']:.2f}",
