@@ -1,4 +1,4 @@
-"""Masks of ReLUs come from the rounded copy that a bfloat16 product keeps anyway."""
+"""Masks of ReLUs: from the copy that a bfloat16 product keeps anyway, and as bytes on a CPU."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import graphpass
 from graphpass import masks, rewrite
 
 # The forward product makes the copy; the weight gradient keeps it.
+# Of conv2's input, the output of a ReLU.
+ELEMENTS = 4 * 8 * 10 * 9
 ROUNDED = {"conv2": [{"name": "bf16", "gradient": which} for which in ("forward", "weight")]}
 
 
@@ -51,14 +53,10 @@ def _gradients(net: nn.Module, x: Tensor, methods: object) -> dict[str, Tensor]:
 
 def test_a_mask_is_read_from_the_copy_and_not_kept(rewired: list[int]) -> None:
     torch.manual_seed(0)
-    net, x = Net(), torch.randn(4, 3, 10, 9)
-    _gradients(net, x, ROUNDED)
-    assert rewired == [1]
-    report = graphpass.reports()[-1]
-    planned = report.planned_saved_bytes
-    assert planned is not None
+    _gradients(Net(), torch.randn(4, 3, 10, 9), ROUNDED)
+    assert rewired == [2]
     # conv2's input is kept in two bytes an element instead of four, and no mask of it.
-    assert report.exact_saved_bytes - planned == 2 * 4 * 8 * 10 * 9
+    assert _planned_beyond_exact() == -2 * ELEMENTS
 
 
 def test_gradients_are_those_of_the_exact_mask(rewired: list[int]) -> None:
@@ -67,14 +65,22 @@ def test_gradients_are_those_of_the_exact_mask(rewired: list[int]) -> None:
     net.conv2.weight.data.mul_(2**-20)
     exact = _gradients(net, x, {})
     rounded = _gradients(net, x, ROUNDED)
-    assert rewired == [1]
+    assert rewired == [2]
     for name in ("conv1.weight", "conv1.bias"):
         torch.testing.assert_close(rounded[name], exact[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_net_without_rounded_copies_is_left_alone(rewired: list[int]) -> None:
-    _gradients(Net(), torch.randn(2, 3, 6, 6), {"conv2": "zero"})
-    assert rewired == [0]
+@pytest.mark.parametrize("odd", [0.0, -0.0, 1e-45, torch.inf, torch.nan])
+def test_bytes_are_the_mask_to_the_bit(rewired: list[int], odd: float) -> None:
+    """Zeros of both signs, the smallest number there is, and what is no number."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(4, 3, 10, 9)
+    x[0, 0, 0, 0] = odd
+    exact = _gradients(net, x, {})
+    planned = _gradients(net, x, {"conv2": "zero"})
+    assert rewired == [2]
+    for name in ("conv1.weight", "conv1.bias", "conv2.bias"):
+        torch.testing.assert_close(planned[name], exact[name], rtol=0, atol=0, equal_nan=True)
 
 
 def _planned_beyond_exact() -> int:
@@ -83,11 +89,17 @@ def _planned_beyond_exact() -> int:
     return report.planned_saved_bytes - report.exact_saved_bytes
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="masks are kept on a GPU")
-@pytest.mark.parametrize("method", ["int8", "zero"])
-def test_on_a_cpu_outputs_are_kept_and_no_masks(rewired: list[int], method: str) -> None:
-    gradients = [{"name": method, "gradient": which} for which in ("input", "weight")]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are kept on a CPU")
+def test_without_its_products_an_output_is_kept_as_bytes(rewired: list[int]) -> None:
+    gradients = [{"name": "zero", "gradient": which} for which in ("input", "weight")]
     _gradients(Net(), torch.randn(4, 3, 10, 9), {"conv2": gradients})
-    assert rewired == [0]
-    # Nothing but a few numbers, such as a maximum, is kept beside what exact training keeps.
-    assert 0 <= _planned_beyond_exact() < 100
+    assert rewired == [2]
+    assert _planned_beyond_exact() == (1 - 4) * ELEMENTS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are kept on a CPU")
+def test_what_is_kept_anyway_is_the_mask_too(rewired: list[int]) -> None:
+    _gradients(Net(), torch.randn(4, 3, 10, 9), {"conv2": {"name": "zero", "gradient": "input"}})
+    assert rewired == [2]
+    # Less the weight, which only the input gradient needs.
+    assert -4 * 8 * 8 * 9 <= _planned_beyond_exact() <= 0
