@@ -1,5 +1,6 @@
 """How things are timed here: in turns, many times, as ratios; on a machine that is described."""
 
+import ctypes
 import json
 import statistics
 import subprocess
@@ -12,6 +13,22 @@ from typing import Any
 from examples.results import environment
 
 RESULTS = Path(__file__).parent / "results"
+# Parameters of glibc's mallopt (malloc.h), and a size that nothing here reaches.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, where the C library is glibc.
+
+    Otherwise a large tensor's memory goes back to the system when the tensor dies, and the next
+    one's comes in by page faults. Of an exact ResNet-20 step of 194 ms that took 55 ms, of a planned
+    one of 96 ms 15, and whether it happens depends on what the process did before. Figures taken
+    with it would flatter plans, and vary.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, _NEVER)
+        mallopt(_MMAP_THRESHOLD, _NEVER)
 
 
 def interleave(
@@ -27,6 +44,7 @@ def interleave(
     Returns:
         Seconds a call: one figure for each turn.
     """
+    keep_memory()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -61,6 +79,7 @@ def paired(
             run()
         return (time.perf_counter() - start) / repeat
 
+    keep_memory()
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     before = turn(base)
     for _ in range(rounds):

@@ -45,7 +45,10 @@ def settle_masks(graph: Graph) -> int:
 def _keep_as_bytes(graph: Graph, source: Node, masks: list[Node]) -> None:
     zeros = splice(graph, source.next, _zeros, [source])
     for mask in masks:
-        mask.replace_all_uses_with(splice(graph, mask, _to_mask, [zeros]))
+        again = splice(graph, mask, _to_mask, [zeros])
+        # The partitioner's own word for what must not be computed ahead and kept.
+        again.meta["partitioner_tag"] = "must_be_in_backward"
+        mask.replace_all_uses_with(again)
         graph.erase_node(mask)
 
 
