@@ -33,6 +33,7 @@ PLANS: dict[str, Specs] = {
     "bf16": _every("bf16", "forward", *BACKWARD),
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
+    "int8, forward too": _every("int8", "forward", *BACKWARD),
     "prune": _every("prune", *BACKWARD),
     "prune, bf16 forward": _every("prune", *BACKWARD) + _every("bf16", "forward"),
     "int8 input, pixels weight, bf16 forward": [

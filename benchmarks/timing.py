@@ -21,9 +21,9 @@ def keep_memory() -> None:
     """Let freed memory stay with the process, where the C library is glibc.
 
     Otherwise a large tensor's memory goes back to the system when the tensor dies, and the next
-    one's comes in by page faults. Of an exact ResNet-20 step of 194 ms that took 55 ms, of a planned
-    one of 96 ms 15, and whether it happens depends on what the process did before. Figures taken
-    with it would flatter plans, and vary.
+    one's comes in by page faults. Of an exact ResNet-20 step of 194 ms that took 55 ms, of a
+    planned one of 96 ms 15, and whether it happens depends on what the process did before. Figures
+    taken with it would flatter plans, and vary.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -5,10 +5,11 @@ a byte an element, wherever nothing else needs the output. Two things are done a
 
 * If a product reads the output rounded to bfloat16, the rounded copy answers as well, as rounding
   keeps every zero and makes none (but of subnormal numbers below 2^-134).
-* Inductor's C++ code stores and reads masks element by element: a fused kernel that took 0.5 ms took
-  21 with a mask to store, and 7 with one to read (16 channels, 32x32, batch 128, one AVX-512 core,
-  torch 2.13). Bytes are stored and read as vectors, in 0.1 ms: on a CPU the mask is made one. Whether
-  it is kept, or made in backward from something that is kept anyway, is for the partitioner to say.
+* Inductor's C++ code stores and reads masks element by element: a fused kernel that took 0.5 ms
+  took 21 with a mask to store, and 7 with one to read (16 channels, 32x32, batch 128, one AVX-512
+  core, torch 2.13). Bytes are stored and read as vectors, in 0.1 ms: on a CPU the mask becomes
+  bytes. Whether they are kept, or made in backward from something that is kept anyway, is for the
+  partitioner to say.
 """
 
 import torch

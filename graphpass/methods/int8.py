@@ -1,4 +1,4 @@
-"""int8: a gradient's product from operands rounded to 8 bits at random.
+"""int8: a product from operands rounded to 8 bits at random.
 
 An operand v becomes s * floor(v / s + u) with s = max|v| / 127 and u uniform in [0, 1), one draw a
 value; the product of the integers is exact, and scaled by both s. Wu et al., "Training and
@@ -12,10 +12,14 @@ v / s, the variance of a value is s^2 f (1 - f), and that of the product of a an
 Var(a) b^2 + a^2 Var(b) + Var(a) Var(b); values are rounded independently, so the noise is the sum
 of that over all products that the result adds up.
 
-Both gradients of a layer round the same output gradient in the same way, so a compiled graph rounds
-it once; their noise is dependent, but each is unbiased. Bytes are multiplied four times as fast as
-float32 where there is VNNI, so it pays wherever the products cost more than the rounding: from
-about 16 channels on for both gradients of a layer, from 32 for one.
+Products of a layer round what they share in the same way, so a compiled graph rounds it once; their
+noise is dependent, but each is unbiased. The forward product is unbiased too, but what follows it
+is not linear, so that the step's gradient is not: it is only approximated where a plan says so. A
+weight gradient from the very bytes that the forward product read is that of what was computed.
+
+Bytes are multiplied four times as fast as float32 where there is VNNI, so it pays wherever the
+products cost more than the rounding: from about 16 channels on for both gradients of a layer, from
+32 for one.
 """
 
 import zlib
@@ -39,6 +43,12 @@ aten = torch.ops.aten
 _FLOPS_PER_VALUE = 30
 _IMAGE_AXES = 2
 _CONV_RANK = 4
+# Of the two operands of each product.
+_NAMES = {
+    Gradient.FORWARD: ("input", "weight"),
+    Gradient.INPUT: ("grad", "weight"),
+    Gradient.WEIGHT: ("grad", "input"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +78,8 @@ class _Problem:
     """A site as a convolution of images: a linear layer is one of a single row, with 1x1 kernels.
 
     Attributes:
-        first: the output gradient, [B, Co, OH, OW].
-        second: the input [B, Ci, IH, IW], or the weight [Co, Ci/groups, KH, KW].
+        first: the output gradient, [B, Co, OH, OW]; forward, the input [B, Ci, IH, IW].
+        second: the input, or the weight [Co, Ci/groups, KH, KW].
         out_size: the output's size.
         size: the input's size.
         kernel: the kernel's spatial sizes.
@@ -110,11 +120,11 @@ def reference(
     """Return the exact product of the rounded operands.
 
     Args:
-        site: a gradient of a convolution or of a linear layer.
+        site: a product of a convolution or of a linear layer.
         params: parameters of the method.
         template: the result's shape.
         draws: one uniform number for each value; those of an image in the order [B, H, W, C].
-        first: the output gradient, or the left factor.
+        first: the output gradient or the input, or the left factor.
         second: the input or the weight, or the right factor.
     """
     del params
@@ -146,8 +156,8 @@ def cost(site: Site, params: Params) -> Cost:
 
 
 def reject(site: Site, params: Params) -> Rejected | None:
-    """Accept gradients of linear layers and of convolutions of images, with channels enough."""
-    if site.conv is None and site.op != "mm":
+    """Accept products of linear layers and of convolutions of images, with channels enough."""
+    if site.conv is None and site.op not in {"mm", "addmm"}:
         return Rejected(Reason.UNSUPPORTED_SHAPE, f"no form for {site.op}")
     if site.conv is not None and (site.conv.transposed or len(site.shapes[0]) != _CONV_RANK):
         return Rejected(Reason.UNSUPPORTED_SHAPE, "no convolution of images")
@@ -169,7 +179,7 @@ def operands(site: Site, params: Params) -> tuple[str, ...]:
     del params
     if site.conv is None:
         return ("left", "right")
-    return ("grad", "input" if site.gradient is Gradient.WEIGHT else "weight")
+    return _NAMES[site.gradient]
 
 
 def lower(
@@ -184,27 +194,30 @@ def lower(
     """Return the product, by kernels where this machine has them."""
     del params, salt
     problem = _problem(site, template, first, second)
-    weight = site.gradient is Gradient.WEIGHT
-    (before, after), input_border = problem.borders
+    grad_border, input_border = problem.borders
     no_border = ([0, 0], [0, 0])
-    salts = _salts(site)
-    largest = kernels()["absolute_max"]
+    borders = {
+        Gradient.FORWARD: (input_border, no_border),
+        Gradient.INPUT: (grad_border, no_border),
+        Gradient.WEIGHT: (grad_border, input_border),
+    }[site.gradient]
+    largest, rounding = kernels()["absolute_max"], kernels()["int8_round"]
     scales = [int8.scale_of(call(largest, operand)) for operand in (first, second)]
-    rounding = kernels()["int8_round"]
-    grad = call(rounding, problem.first, scales[0], seed, salts[0], before, after)
-    border = input_border if weight else no_border
-    other = call(rounding, problem.second, scales[1], seed, salts[1], *border)
-    sizes = problem.out_size, problem.size, problem.kernel, *problem.geometry, problem.groups
-    last = problem.second.stride(1) == 1
+    images = problem.first, problem.second
+    left, right = (
+        call(rounding, image, scale, seed, salt, *border)
+        for image, scale, salt, border in zip(images, scales, _salts(site), borders, strict=True)
+    )
     # The integers are scaled in float32, or wider if the result is.
-    dtype = template.dtype
-    wide = [scale.to(torch.promote_types(dtype, torch.float32)) for scale in scales]
-    if weight:
-        dw = call(kernels()["int8_wgrad"], grad, other, *wide, *sizes, last)
-        return _finish(site, template, dw)
-    last = last or problem.first.stride(1) == 1
-    dx = call(kernels()["int8_dgrad"], grad, other, *wide, *sizes, dtype, last)
-    return _finish(site, template, dx)
+    wide = [scale.to(torch.promote_types(template.dtype, torch.float32)) for scale in scales]
+    sizes = problem.out_size, problem.size, problem.kernel, *problem.geometry, problem.groups
+    last = [image.stride(1) == 1 for image in images]
+    if site.gradient is Gradient.WEIGHT:
+        result = call(kernels()["int8_wgrad"], left, right, *wide, *sizes, last[1])
+    else:
+        kernel = "int8_dgrad" if site.gradient is Gradient.INPUT else "int8_forward"
+        result = call(kernels()[kernel], left, right, *wide, *sizes, template.dtype, any(last))
+    return _finish(site, template, result)
 
 
 def noise(site: Site, params: Params, first: Tensor, second: Tensor) -> Tensor:
@@ -227,9 +240,8 @@ def noise(site: Site, params: Params, first: Tensor, second: Tensor) -> Tensor:
 
 def _salts(site: Site) -> tuple[int, int]:
     """Return numbers that tell apart the draws of the layer's tensors, whatever the gradient."""
-    second = "input" if site.gradient is Gradient.WEIGHT else "weight"
     number = f".{site.number}" if site.number > 1 else ""
-    names = (f"{site.name}:{name}{number}" for name in ("grad", second))
+    names = (f"{site.name}:{name}{number}" for name in _NAMES[site.gradient])
     first_salt, second_salt = (zlib.crc32(name.encode()) & 0x3FFFFFFF for name in names)
     return first_salt, second_salt
 
@@ -239,39 +251,57 @@ def _read(site: Site) -> tuple[Any, ...]:
     if site.conv is None:
         return site.shapes
     x, w, y = site.shapes
-    return (y, x) if site.gradient is Gradient.WEIGHT else (y, w)
+    shapes = {"input": x, "weight": w, "grad": y}
+    return tuple(shapes[name] for name in _NAMES[site.gradient])
 
 
 def _problem(site: Site, template: Tensor, first: Tensor, second: Tensor) -> _Problem:
-    weight = site.gradient is Gradient.WEIGHT
     if site.conv is None:
         # [rows, channels] -> [1, channels, 1, rows]
-        grad = first if weight else first.t()
-        image = grad[None, :, None, :]
-        other = second.t()[None, :, None, :] if weight else second[:, :, None, None]
-        size = [1, second.shape[1], 1, grad.shape[1]]
+        rows = first.t() if site.gradient is Gradient.WEIGHT else first
+        image = rows.t()[None, :, None, :]
+        # The weight is [Co, Ci]; as a factor it stands transposed in the forward product.
+        other = {
+            Gradient.FORWARD: lambda: second.t()[:, :, None, None],
+            Gradient.INPUT: lambda: second[:, :, None, None],
+            Gradient.WEIGHT: lambda: second.t()[None, :, None, :],
+        }[site.gradient]()
+        inner = first.shape[1] if site.gradient is Gradient.FORWARD else second.shape[1]
+        outer = other.shape[0] if site.gradient is not Gradient.WEIGHT else image.shape[1]
+        length = image.shape[3]
         plain = ([1, 1], [0, 0], [1, 1])
-        return _Problem(image, other, list(image.shape), size, [1, 1], plain, 1)
+        return _Problem(
+            image, other, [1, outer, 1, length], [1, inner, 1, length], [1, 1], plain, 1
+        )
     conv = site.conv
-    image, filters = (second, template) if weight else (template, second)
+    x, w, y = {
+        Gradient.FORWARD: (first, second, template),
+        Gradient.INPUT: (template, second, first),
+        Gradient.WEIGHT: (second, template, first),
+    }[site.gradient]
     geometry = list(conv.stride), list(conv.padding), list(conv.dilation)
-    sizes = list(first.shape), list(image.shape), list(filters.shape[2:])
+    sizes = list(y.shape), list(x.shape), list(w.shape[2:])
     return _Problem(first, second, *sizes, geometry, conv.groups)
 
 
-def _product(site: Site, problem: _Problem, grad: Tensor, other: Tensor) -> Tensor:
-    """Return the exact gradient from an output gradient and the other operand."""
+def _product(site: Site, problem: _Problem, first: Tensor, second: Tensor) -> Tensor:
+    """Return the exact product of two operands."""
+    if site.gradient is Gradient.FORWARD:
+        result: Tensor = aten.convolution(
+            first, second, None, *problem.geometry, False, [0] * _IMAGE_AXES, problem.groups
+        )
+        return result
     weight = site.gradient is Gradient.WEIGHT
     size = problem.size
     if weight:
         size = [problem.out_size[1], problem.size[1] // problem.groups, *problem.kernel]
-    missing = torch.empty(size, dtype=grad.dtype, device=grad.device)
-    x, w = (other, missing) if weight else (missing, other)
-    result: Tensor = aten.convolution_backward(
-        grad, x, w, None, *problem.geometry, False, [0] * _IMAGE_AXES, problem.groups,
+    missing = torch.empty(size, dtype=first.dtype, device=first.device)
+    x, w = (second, missing) if weight else (missing, second)
+    gradient: Tensor = aten.convolution_backward(
+        first, x, w, None, *problem.geometry, False, [0] * _IMAGE_AXES, problem.groups,
         [not weight, weight, False],
     )[1 if weight else 0]  # fmt: skip
-    return result
+    return gradient
 
 
 def _finish(site: Site, template: Tensor, result: Tensor) -> Tensor:
@@ -283,9 +313,10 @@ def _finish(site: Site, template: Tensor, result: Tensor) -> Tensor:
 
 
 def samples() -> tuple[Sample, ...]:
-    """Return gradients of convolutions and linear layers, and what must be rejected."""
+    """Return products of convolutions and linear layers, and what must be rejected."""
     nn = torch.nn
-    weight, input_, free = Gradient.WEIGHT, Gradient.INPUT, Params(min_channels=1)
+    weight, input_, forward = Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD
+    free = Params(min_channels=1)
     return (
         Sample((5, 8, 9, 7), lambda: nn.Conv2d(8, 12, 3, padding=1), input_, Params()),
         Sample((5, 8, 9, 7), lambda: nn.Conv2d(8, 12, 3, padding=1), weight, Params()),
@@ -293,6 +324,9 @@ def samples() -> tuple[Sample, ...]:
         Sample((3, 6, 8, 11), lambda: nn.Conv2d(6, 4, (3, 2), 2, 1, groups=2), input_, free),
         Sample((21, 10), lambda: nn.Linear(10, 17), weight, Params()),
         Sample((21, 10), lambda: nn.Linear(10, 17), input_, Params()),
+        Sample((5, 8, 9, 7), lambda: nn.Conv2d(8, 12, 3, padding=1), forward, Params()),
+        Sample((3, 6, 8, 11), lambda: nn.Conv2d(6, 4, (3, 2), 2, 1, groups=2), forward, free),
+        Sample((21, 10), lambda: nn.Linear(10, 17), forward, Params()),
         Sample((4, 3, 9, 9), lambda: nn.Conv2d(3, 8, 3), weight, Params(), rejected=True),
         Sample((2, 8, 11), lambda: nn.Conv1d(8, 8, 3), weight, Params(), rejected=True),
         Sample((2, 8, 6, 6), lambda: nn.ConvTranspose2d(8, 8, 3), input_, Params(), rejected=True),
@@ -305,7 +339,7 @@ register(
         summary="operands rounded to 8 bits at random, their product exact",
         source="Wu et al. 2018; Banner et al. 2018",
         unbiased=True,
-        gradients=(Gradient.WEIGHT, Gradient.INPUT),
+        gradients=(Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD),
         params=Params,
         reject=reject,
         cost=cost,

@@ -2,8 +2,9 @@
 
 A sample's layer becomes `relu(layer(relu(x) + shift))` and is run for a few steps. The gradient of
 `shift` is then the layer's input gradient, and what autograd hands to the layer is known exactly:
-`cotangent * (out > 0)`. So each product can be recomputed in float64 from the very operands that
-the compiled code saw. A new file in `graphpass/methods` is tested here without an edit.
+`cotangent * (out > 0)`; the last ReLU is left out where the forward product is approximated. So
+each product can be recomputed in float64 from the very operands that the compiled code saw.
+A new file in `graphpass/methods` is tested here without an edit.
 """
 
 import copy
@@ -97,10 +98,12 @@ class Problem(nn.Module):
         super().__init__()
         self.shift = nn.Parameter(torch.randn(case.sample.x, dtype=case.dtype))
         self.layer = case.sample.module().to(case.dtype)
+        # Of a forward product that is drawn, the mask would change from step to step.
+        self.rectified = case.sample.gradient is not Gradient.FORWARD
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         product = self.layer(torch.relu(x) + self.shift)
-        return torch.relu(product), product.detach()
+        return torch.relu(product) if self.rectified else product * 1, product.detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,7 @@ def outcome(case: Case) -> Outcome:
     return Outcome(
         layer=problem.layer,
         x=(torch.relu(x) + problem.shift).detach(),
-        grad=(cotangent * (out > 0)).detach(),
+        grad=(cotangent * (out > 0)).detach() if problem.rectified else cotangent,
         site=site,
         results=tuple(runs[:STEPS]),
         again=runs[STEPS],
