@@ -1,81 +1,105 @@
-"""Accuracy and wall-clock of whole trainings: exact, and under a plan of `benchmarks.plans`.
+"""Accuracy, time and memory of whole trainings: exact, and under plans of `benchmarks.plans`.
 
-    python -m benchmarks.plan_accuracy --data DIR --plan "int8, bf16 forward" --epochs 15
+    python -m benchmarks.plan_accuracy --data DIR --plans "int8, forward too" --short 7
 
-For every seed, exact training and the planned one start from the same values and see the same
+For every seed, exact training and the planned ones start from the same values and see the same
 batches. The difference in accuracy is given with its confidence interval over seeds (Student's t).
-Runs that the results file already holds, with the same settings, are kept.
+`--short` trains exactly for fewer epochs too: what a plan has to beat is exact training of the same
+wall-clock. Every run is a process of its own, whose processor time and peak memory are noted, with
+compilation; seconds of training mean something on a quiet machine only. Runs that the results file
+already holds, with the same settings, are kept.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from scipy.stats import t as student
 
 from benchmarks.plans import PLANS
 from benchmarks.timing import RESULTS, write_results
 from benchmarks.training_step import Case
-from examples import cifar10
 
 CONFIDENCE = 0.95
 EXACT = "exact"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train every seed twice, print the comparison, write the results."""
+    """Train, print the comparison, write the results."""
     given = _parse(argv)
     settings = {name: getattr(given, name) for name in ("model", "epochs", "threads", "lr")}
     runs = _earlier_runs(given.output, settings)
+    # Each with its epochs.
+    kinds = {EXACT: given.epochs, **dict.fromkeys(given.plans, given.epochs)}
+    if given.short is not None:
+        kinds[f"{EXACT}, {given.short} epochs"] = given.short
     for seed in given.seeds:
-        for plan in (EXACT, given.plan):
-            if f"{plan}/{seed}" not in runs:
-                runs[f"{plan}/{seed}"] = train(given, plan, seed)
+        for kind, epochs in kinds.items():
+            if f"{kind}/{seed}" not in runs:
+                runs[f"{kind}/{seed}"] = train(given, kind, epochs, seed)
                 # Written after every run: a long measurement that is cut off is not lost.
                 write_results(given.output, {**settings, "runs": runs})
-    Console().print(compare(runs, given.plan, given.seeds))
+    for kind in list(kinds)[1:]:
+        Console().print(compare(runs, kind, given.seeds))
 
 
-def train(given: argparse.Namespace, plan: str, seed: int) -> dict[str, float]:
-    """Return accuracy in percent and seconds of training of one run."""
+def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[str, float]:
+    """Return accuracy in percent, seconds and bytes of one run."""
     arguments = [
-        "--data", str(given.data), "--model", given.model, "--epochs", str(given.epochs),
+        "--data", str(given.data), "--model", given.model, "--epochs", str(epochs),
         "--seed", str(seed), "--threads", str(given.threads), "--channels-last",
     ]  # fmt: skip
     if given.lr is not None:
         arguments += ["--lr", str(given.lr)]
-    if plan == EXACT:
-        arguments += ["--backend", "inductor"]
-    else:
+    if kind in PLANS:
         layers = Case(given.model).layers()[1:]
-        arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, PLANS[plan]))]
-    torch._dynamo.reset()
-    (run,) = cifar10.main(arguments)["runs"]
-    epochs = run["epochs"]
+        arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, PLANS[kind]))]
+    else:
+        arguments += ["--backend", "inductor"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "examples.cifar10", *arguments, "--json", str(path)]
+        process = subprocess.Popen(command)
+        _, status, used = os.wait4(process.pid, 0)
+        if status != 0:
+            raise SystemExit(f"{' '.join(command)} failed")
+        (run,) = json.loads(path.read_text())["runs"]
     return {
-        "test_accuracy_percent": epochs[-1]["test_accuracy_percent"],
-        "train_s": sum(epoch["train_s"] for epoch in epochs),
+        "test_accuracy_percent": run["epochs"][-1]["test_accuracy_percent"],
+        "train_s": sum(epoch["train_s"] for epoch in run["epochs"]),
+        "cpu_s": used.ru_utime + used.ru_stime,
+        # Linux counts it in KiB.
+        "peak_memory_bytes": used.ru_maxrss * 1024,
     }
 
 
-def compare(runs: dict[str, dict[str, float]], plan: str, seeds: Sequence[int]) -> str:
-    """Return what the plan costs in accuracy, and what it saves."""
-    pairs = [(runs[f"{EXACT}/{seed}"], runs[f"{plan}/{seed}"]) for seed in seeds]
+def compare(runs: dict[str, dict[str, float]], kind: str, seeds: Sequence[int]) -> str:
+    """Return what a kind of training costs in accuracy, and what it saves."""
+    pairs = [(runs[f"{EXACT}/{seed}"], runs[f"{kind}/{seed}"]) for seed in seeds]
+
+    def mean_ratio(name: str) -> float:
+        return statistics.mean(exact[name] / other[name] for exact, other in pairs)
+
     name = "test_accuracy_percent"
-    differences = [planned[name] - exact[name] for exact, planned in pairs]
-    faster = statistics.mean(exact["train_s"] / planned["train_s"] for exact, planned in pairs)
-    accuracies = ", ".join(f"{planned[name]:.2f} to {exact[name]:.2f}" for exact, planned in pairs)
-    text = f"{plan}: {accuracies}; mean difference {statistics.mean(differences):+.2f}"
+    differences = [other[name] - exact[name] for exact, other in pairs]
+    accuracies = ", ".join(f"{other[name]:.2f} to {exact[name]:.2f}" for exact, other in pairs)
+    text = f"{kind}: {accuracies}; mean difference {statistics.mean(differences):+.2f}"
     if len(pairs) > 1:
         spread = statistics.stdev(differences) / len(pairs) ** 0.5
         half = float(student.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * spread
         text += f" ± {half:.2f} points"
-    return f"{text}; {faster:.2f} times faster"
+    return (
+        f"{text}; {mean_ratio('train_s'):.2f} times faster, {mean_ratio('cpu_s'):.2f} times less "
+        f"processor time, {mean_ratio('peak_memory_bytes'):.2f} times less memory at its peak"
+    )
 
 
 def _earlier_runs(name: str, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -90,7 +114,8 @@ def _earlier_runs(name: str, settings: dict[str, Any]) -> dict[str, dict[str, fl
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as published")
-    parser.add_argument("--plan", choices=tuple(PLANS), required=True)
+    parser.add_argument("--plans", nargs="+", choices=tuple(PLANS), required=True)
+    parser.add_argument("--short", type=int, help="epochs of exact training that is shortened")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
