@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[str, float]:
-    """Return accuracy in percent, seconds and bytes of one run."""
+    """Return accuracy in percent, seconds and bytes of one run.
+
+    Raises:
+        SystemExit: if the run fails.
+    """
     arguments = [
         "--data", str(given.data), "--model", given.model, "--epochs", str(epochs),
         "--seed", str(seed), "--threads", str(given.threads), "--channels-last",

@@ -1,0 +1,121 @@
+"""What plans add to the noise of the gradient, measured: tau and bias on real images.
+
+    python -m benchmarks.noise --data DIR --model resnet20 --plans int8 "int8, forward too"
+
+With g the exact gradient of a batch (all parameters), ĝ that of the plan and V = E|g - E g|^2 the
+noise that the choice of the batch makes, at fixed weights after some exact steps:
+
+    tau = E|ĝ - E ĝ|^2 / V,      bias = |E ĝ - g|^2 / |E g|^2,
+
+the latter with the part that is left of the draws' noise taken out. Expectations are means over
+batches, and over draws on one batch.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.plans import PLANS, options_of
+from benchmarks.timing import write_results
+from benchmarks.training_step import BATCH, Case
+from examples import data
+
+Batch = tuple[Tensor, Tensor]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write the results."""
+    given = _parse(argv)
+    torch.set_num_threads(given.threads)
+    batches = data.Batches(data.load(given.data), BATCH, seed=0, channels_last=True)
+    model = Case(given.model).model()
+    _train(model, batches, given.steps)
+    exact = torch.compile(model)
+    gradients = [_gradient(model, exact, batches.next()) for _ in range(given.batches)]
+    mean = torch.stack(gradients).mean(0)
+    variance = _variance(gradients)
+    # Of the mean of all batches, 1 / batches of the variance is left.
+    square = float(mean.square().sum()) - variance / len(gradients)
+    batch = batches.next()
+    g = _gradient(model, exact, batch)
+    record: dict[str, Any] = {}
+    for name in given.plans:
+        torch._dynamo.reset()
+        options = options_of(Case(given.model), PLANS[name])
+        planned = torch.compile(model, backend="approx", options=options)
+        draws = [_gradient(model, planned, batch) for _ in range(given.draws)]
+        noise = _variance(draws)
+        offset = float((torch.stack(draws).mean(0) - g).square().sum()) - noise / len(draws)
+        record[name] = {"tau": noise / variance, "bias": offset / square}
+    ratio = variance / square
+    Console().print(_table(given, record, ratio))
+    settings = {name: getattr(given, name) for name in ("model", "steps", "batches", "draws")}
+    written = write_results(given.output, {**settings, "noise_ratio": ratio, "plans": record})
+    Console().print(f"written to {written}")
+
+
+def _train(model: nn.Module, batches: data.Batches, steps: int) -> None:
+    compiled = torch.compile(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        images, labels = batches.next()
+        F.cross_entropy(compiled(images), labels).backward()
+        optimizer.step()
+
+
+def _gradient(model: nn.Module, compiled: Any, batch: Batch) -> Tensor:
+    """Return the gradient of all parameters, flat, in float64."""
+    model.zero_grad()
+    images, labels = batch
+    F.cross_entropy(compiled(images), labels).backward()
+    return torch.cat(list(_flat(model)))
+
+
+def _flat(model: nn.Module) -> Iterator[Tensor]:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        yield parameter.grad.flatten().double()
+
+
+def _variance(values: list[Tensor]) -> float:
+    """Return E|v - E v|^2, without bias."""
+    mean = torch.stack(values).mean(0)
+    squares = [float((value - mean).square().sum()) for value in values]
+    return statistics.mean(squares) * len(values) / (len(values) - 1)
+
+
+def _table(given: argparse.Namespace, record: dict[str, Any], ratio: float) -> Table:
+    table = Table(
+        title=f"{given.model} after {given.steps} steps, batch {BATCH}; V / |E g|^2 = {ratio:.1f}"
+    )
+    for column in ("plan", "tau", "bias"):
+        table.add_column(column)
+    for name, row in record.items():
+        table.add_row(name, f"{row['tau']:.4f}", f"{row['bias']:.4f}")
+    return table
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=__doc__)
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as published; digits without it")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=tuple(PLANS))
+    parser.add_argument("--steps", type=int, default=200, help="exact steps before")
+    parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", default="noise", help="name of the results file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
