@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphpass
 from benchmarks.timing import interleave, ratio, write_results
@@ -174,7 +175,9 @@ def _lowered(method: Method, params: Any, site: Site, operands: dict[str, Tensor
 
     # Every shape compiles the same function: Dynamo would give up after a few of them.
     torch._dynamo.reset()
-    compiled = torch.compile(lowered, dynamic=False)
+    # Traced as it is in a training step: Dynamo would break it into many small graphs.
+    traced = make_fx(lowered)(seed, *given)
+    compiled = torch.compile(traced, dynamic=False)
     return lambda: compiled(seed, *given)
 
 
