@@ -1,6 +1,7 @@
 """Time of the first training step, compilation included, against Inductor: cold and warm caches.
 
     python -m benchmarks.compile_time           # writes results/compile_time.json
+    python -m benchmarks.compile_time --plan "int8, forward too" --output compile_time_int8
 
 Every figure is a fresh process. Cold: with empty caches. Warm: the same process again, which finds
 the caches of the first. Turns alternate between the two backends.
@@ -21,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from benchmarks.plans import PLANS, options_of
 from benchmarks.timing import write_results
+from benchmarks.training_step import Case
 from examples.models import build
 
 BACKENDS = ("inductor", "approx")
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{state}: inductor {medians['inductor']:.2f} s, approx {medians['approx']:.2f} s, "
             f"ratio {record[f'{state}_ratio']:.2f}"
         )
-    Console().print(f"written to {write_results('compile_time', record)}")
+    Console().print(f"written to {write_results(given.output, record)}")
 
 
 def first_step_s(given: argparse.Namespace) -> float:
@@ -67,6 +70,8 @@ def first_step_s(given: argparse.Namespace) -> float:
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
+    if given.plan is not None:
+        return options_of(Case(given.model), PLANS[given.plan])
     return {"methods": {"layer*.conv*": given.method}, "schedule": given.schedule, "strict": True}
 
 
@@ -81,6 +86,8 @@ def _run_child(backend: str, folder: Path, given: argparse.Namespace) -> float:
         "--model", given.model, "--method", given.method, "--schedule", given.schedule,
         "--threads", str(given.threads),
     ]  # fmt: skip
+    if given.plan is not None:
+        command += ["--plan", given.plan]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(finished.stdout.split()[-1])
 
@@ -90,8 +97,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--method", default="zero")
     parser.add_argument("--schedule", default="ga-1")
+    parser.add_argument("--plan", choices=tuple(PLANS), help="instead of method and schedule")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", default="compile_time", help="name of the results file")
     parser.add_argument("--child", choices=BACKENDS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
