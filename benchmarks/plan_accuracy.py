@@ -94,7 +94,6 @@ def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[
 def compare(runs: dict[str, dict[str, float]], kind: str, seeds: Sequence[int]) -> str:
     """Return what a kind of training costs in accuracy, and what it saves."""
     pairs = [(runs[f"{EXACT}/{seed}"], runs[f"{kind}/{seed}"]) for seed in seeds]
-
     name = "test_accuracy_percent"
     differences = [other[name] - exact[name] for exact, other in pairs]
     accuracies = ", ".join(f"{other[name]:.2f} to {exact[name]:.2f}" for exact, other in pairs)
@@ -104,7 +103,7 @@ def compare(runs: dict[str, dict[str, float]], kind: str, seeds: Sequence[int]) 
         half = float(student.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * spread
         text += f" ± {half:.2f} points"
     for name, what in _FIGURES.items():
-        # A run beside other work says nothing about time: its figures are taken out of the file.
+        # Of a run made beside other work, the file has no seconds.
         if all(name in run for pair in pairs for run in pair):
             ratio = statistics.mean(exact[name] / other[name] for exact, other in pairs)
             text += f"; {ratio:.2f} times {what}"

@@ -116,7 +116,7 @@ static inline int8_t* panel_at(int8_t* packed, long group, long panel) {
   return packed + (group * VECTORS + panel * PANEL) * TAPS * QUADS * 64;
 }
 
-// Quadruple `quad` of contracted channels, for 16 of the result's from the panel's n-th vector on.
+// Quadruple `quad` of contracted channels, for the 16 channels of the result in `vector`.
 static inline __m512i quadruples(const uint8_t* weight, long group, long vector, long tap,
                                  long quad) {
   const __m512i sign = _mm512_set1_epi8(char(0x80));

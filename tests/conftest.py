@@ -56,10 +56,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no GPU; keep the tests of one contract case together."""
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
-        if case is not None:
+        if hasattr(item, "callspec") and "case" in item.callspec.params:
             # One worker compiles it for all of them.
-            item.add_marker(pytest.mark.xdist_group(str(case)))
+            item.add_marker(pytest.mark.xdist_group(str(item.callspec.params["case"])))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

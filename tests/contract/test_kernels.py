@@ -16,7 +16,7 @@ from codegen.kernel import Kernel, Sample, kernels, register
 
 # Roundings of one operand and of the result; the sum itself counts `length`.
 ROUNDINGS = 4
-THREADS = (1, 3)
+THREADS = (1, 2, 3, 8)
 
 CASES = [
     pytest.param(kernel, sample, id=f"{kernel.name}-{number}")
