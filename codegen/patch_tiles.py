@@ -11,19 +11,15 @@ oneDNN's micro-kernels want the left factor transposed, here the gradients; thes
 
 import math
 
-import torch
 
-
-def tile(
-    kernel: list[int], in_channels: int, out_channels: int, dtype: torch.dtype
-) -> dict[str, int]:
+def tile(kernel: list[int], in_channels: int, out_channels: int, pairs: bool) -> dict[str, int]:
     """Return how dw is cut into register tiles: constants of the text.
 
     Args:
         kernel: the kernel's spatial sizes.
         in_channels: of one group.
         out_channels: of one group.
-        dtype: of the operands.
+        pairs: whether two rows of a column are packed into a word, as bfloat16.
     """
     vectors = -(-math.prod(kernel) * in_channels // 16)
     # 24 accumulators leave room for the operands; at most 1/16 of the work may be on padding.
@@ -33,7 +29,7 @@ def tile(
         "PANELS": -(-vectors // width),
         "TILES": -(-out_channels // 8),
         "TILE": 8 * width * 16,
-        "BLOCK": 128 if dtype is torch.float32 else 256,
+        "BLOCK": 256 if pairs else 128,
         "BUFFER": 128 * width * 64 + -(-out_channels // 8) * (128 * 32 + 64) + 16 * 256,
     }
 
@@ -46,8 +42,7 @@ typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
 
 constexpr long POSITIONS = OH * OW, CG = CI / GROUPS, OG = CO / GROUPS, TAPS = KH * KW;
 constexpr long COLUMNS = TAPS * CG, WIDTH = NV * 16, M = 8;
-// bfloat16: a 32-bit word holds the same column of two rows, which one instruction contracts.
-constexpr bool PAIRS = sizeof(T) == 2;
+// PAIRS, in bfloat16: a word holds the same column of two rows, which one instruction contracts.
 constexpr long PACK = PAIRS ? 2 : 1, WORDS = BLOCK / PACK;
 constexpr long BLOCKS = (R + BLOCK - 1) / BLOCK, PART = PANELS * TILES * TILE;
 
@@ -104,7 +99,7 @@ static long find_rows(const Index* index, long first, Rows& rows) {
 // Read memory in order that is about to be read here and there: the hardware fetches ahead of the
 // one, and waits at every pixel of the other. With a quarter of the pixels and 32 channels at 16x16
 // that took a third of the time away. Rows that are far apart, in no order, are left alone.
-constexpr long SWEEP_BYTES = 400000;
+constexpr long SWEEP_BYTES = 600000;
 static void sweep(const T* data, long first, long last, long size) {
   first = std::max(first, 0L);
   last = std::min(last, size);
@@ -177,6 +172,20 @@ static inline w16 fetch(const bf16* x, long at, bool inside, v16 mu) {
   return only(inside, CENTERED ? rounded((w16)((v16)(bits << 16) - mu)) : bits);
 }
 
+// What was fetched of two rows, in the halves of words.
+static inline w16 paired(const bf16*, w16 one, w16 two) { return one | two << 16; }
+static inline w16 paired(const float*, w16 one, w16 two) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+      3, 18, 2, 17, 1, 16, 0);
+  __m512bh both = _mm512_cvtne2ps_pbh((__m512)two, (__m512)one);
+  return (w16)_mm512_permutexvar_epi16(order, (__m512i)both);
+#else
+  return rounded(one) | rounded(two) << 16;
+#endif
+}
+
 // One panel of the block's patches, [words][WIDTH]: columns are ordered by tap, then channel.
 static void fill_vectors(const T* x, const float* center, const Rows& rows, long words,
                          long panel, uint32_t* into) {
@@ -193,7 +202,8 @@ static void fill_vectors(const T* x, const float* center, const Rows& rows, long
     for (long i = 0; i < words; i++) {
       long r = i * PACK, s = r + PACK - 1;
       w16 bits = fetch(x, rows.at[r] + offset, rows.inside[r] >> tap & 1, mu);
-      if (PAIRS) bits |= fetch(x, rows.at[s] + offset, rows.inside[s] >> tap & 1, mu) << 16;
+      if (PAIRS)
+        bits = paired(x, bits, fetch(x, rows.at[s] + offset, rows.inside[s] >> tap & 1, mu));
       to[i * NV] = bits;
     }
   }

@@ -30,6 +30,7 @@ class Sample:
         params: parameters of the method.
         rejected: whether the method must reject this site.
         exact: whether the method must give the exact product here.
+        computes_in: element type that operands or result are rounded to on the way; None for none.
     """
 
     x: tuple[int, ...]
@@ -38,6 +39,7 @@ class Sample:
     params: Any
     rejected: bool = False
     exact: bool = False
+    computes_in: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,6 @@ class Method:
         samples: small problems for the contract tests.
         noise: (site, params, *operands) -> 0-d tensor, the predicted E|approximate - exact|^2,
             summed over the result; None where no formula is known.
-        computes_in: element type that the result is rounded to before its own; None for none.
     """
 
     name: str
@@ -81,7 +82,6 @@ class Method:
     lower: Callable[..., Tensor]
     samples: Callable[[], tuple[Sample, ...]]
     noise: Callable[..., Tensor] | None = None
-    computes_in: torch.dtype | None = None
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

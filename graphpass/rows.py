@@ -81,6 +81,7 @@ def sampled(
     center: Tensor | None,
     sums: Tensor | None,
     template: Tensor,
+    narrow: bool = False,
 ) -> Tensor:
     """Return the weight gradient of the rows that are named, in the template's shape.
 
@@ -91,8 +92,9 @@ def sampled(
         center: [Ci], what is subtracted from x; None for nothing.
         sums: [Co, *kernel], sums of the gradient by tap, for the centre's own share.
         template: has the shape of the result.
+        narrow: whether what is multiplied may be rounded to bfloat16.
     """
-    tail = (rows.kernel, rows.stride, rows.padding, rows.dilation, rows.groups)
+    tail = (rows.kernel, rows.stride, rows.padding, rows.dilation, rows.groups, narrow)
     dw: Tensor = call(
         kernels()["sampled_wgrad"], rows.grad, rows.x, index, weight, center, sums, *tail
     )

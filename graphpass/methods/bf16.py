@@ -109,15 +109,26 @@ def _product(site: Site, template: Tensor, first: Tensor, second: Tensor) -> Ten
 
 def samples() -> tuple[Sample, ...]:
     """Return every product of convolutions and linear layers."""
-    nn = torch.nn
+    nn, half = torch.nn, torch.bfloat16
     every = (Gradient.FORWARD, Gradient.INPUT, Gradient.WEIGHT)
     return (
         *(
-            Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, 2, 1), gradient, Params())
+            Sample(
+                (5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, 2, 1), gradient, Params(), computes_in=half
+            )
             for gradient in every
         ),
-        *(Sample((7, 10), lambda: nn.Linear(10, 6), gradient, Params()) for gradient in every),
-        Sample((2, 3, 11), lambda: nn.ConvTranspose1d(3, 5, 4, 2), Gradient.INPUT, Params()),
+        *(
+            Sample((7, 10), lambda: nn.Linear(10, 6), gradient, Params(), computes_in=half)
+            for gradient in every
+        ),
+        Sample(
+            (2, 3, 11),
+            lambda: nn.ConvTranspose1d(3, 5, 4, 2),
+            Gradient.INPUT,
+            Params(),
+            computes_in=half,
+        ),
     )
 
 
@@ -136,6 +147,5 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
-        computes_in=torch.bfloat16,
     )
 )

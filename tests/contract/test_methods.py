@@ -315,7 +315,7 @@ def _check_against_reference(
         _absolute_products(seen.layer, seen.x, seen.grad)[which],
     )
     length = _length(which, seen.layer, seen.x, seen.grad)
-    tolerance = _tolerance(magnitude, length, method.computes_in or case.dtype)
+    tolerance = _tolerance(magnitude, length, case.sample.computes_in or case.dtype)
     assert result.dtype == case.dtype
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=0)
 
