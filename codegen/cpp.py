@@ -98,10 +98,13 @@ static inline uint32_t draw_key(int64_t seed, int64_t salt) {{
   uint32_t salted = uint32_t(salt * {draws._GOLDEN} + 0x7F4A7C1) & MASK;
   return mix_bits((uint32_t(seed) ^ salted) & MASK);
 }}
-static inline float uniform(uint32_t key, uint32_t position) {{
+static inline uint32_t hash(uint32_t key, uint32_t position) {{
   uint32_t bits = mix_bits((position ^ key) & MASK);
   bits = ((bits ^ (bits >> 15)) * {draws._FINAL_MULTIPLIER}u) & MASK;
-  bits = (bits ^ (bits >> 16)) & {draws._RESOLUTION - 1}u;
+  return bits ^ (bits >> 16);
+}}
+static inline float uniform(uint32_t key, uint32_t position) {{
+  uint32_t bits = hash(key, position) & {draws._RESOLUTION - 1}u;
   return (float(int32_t(bits)) + 0.5f) * {(1.0 / draws._RESOLUTION).hex()}f;
 }}
 

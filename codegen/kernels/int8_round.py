@@ -2,7 +2,7 @@
 
     q = floor(x / scale + u),   u uniform in [0, 1),   clamped to [-128, 127]
 
-E[q] * scale = x for |x| <= 127 * scale, up to 2^-17 of a step: `codegen.int8.round_at_random` says
+E[q] * scale = x for |x| <= 127 * scale, up to 2^-16 of a step: `codegen.int8.round_at_random` says
 why, and `codegen.int8` what the result looks like. NaN becomes 127: who computes the scale from the
 tensor's maximum has NaN there, and in every product with it.
 """
@@ -34,7 +34,7 @@ def reference(
         uint8, flat, as described in `codegen.int8`.
     """
     batch, channels, height, width = x.shape
-    uniform = draws.uniform(seed, x.numel(), salt).view(batch, height, width, channels)
+    uniform = draws.coarse(seed, x.numel(), salt).view(batch, height, width, channels)
     rounded = int8.round_at_random(x, scale, uniform.permute(0, 3, 1, 2))
     return int8.to_bytes(rounded, before, after)
 
@@ -81,26 +81,37 @@ static inline __m512 read(const bf16* at, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// The upper 16 of the 23 bits that uniform(key, position) has, at 16 positions.
+// The draws of `codegen.draws.coarse`, in units of 2^-16, at 16 positions ...
 static inline __m512i draw16(uint32_t key, uint32_t position, uint32_t step) {
-  alignas(64) float numbers[16];
-  for (uint32_t lane = 0; lane < 16; lane++) numbers[lane] = uniform(key, position + lane * step);
-  return _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers), _mm512_set1_ps(65536)));
+  alignas(64) uint32_t numbers[16];
+  for (uint32_t lane = 0; lane < 16; lane++) {
+    uint32_t at = position + lane * step, bits = hash(key, (at >> 5 << 4) + (at & 15));
+    numbers[lane] = ((at & 16 ? bits >> 15 : bits << 1) & 0xFFFF) | 1;
+  }
+  return _mm512_load_si512(numbers);
+}
+// ... and at the 32 positions from a multiple of 32.
+struct Draws { __m512i low, high; };
+static inline Draws draw32(uint32_t key, uint32_t position) {
+  alignas(64) uint32_t numbers[16];
+  for (uint32_t lane = 0; lane < 16; lane++) numbers[lane] = hash(key, position / 2 + lane);
+  __m512i bits = _mm512_load_si512(numbers), one = _mm512_set1_epi32(1);
+  __m512i low = _mm512_and_si512(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(0xFFFF));
+  return {_mm512_or_si512(low, one), _mm512_or_si512(_mm512_srli_epi32(bits, 15), one)};
 }
 
 struct Rounding {
   __m512 inverse;
   uint32_t key;
   // 16 integers, which saturating conversions take to bytes.
-  __m512i operator()(__m512 value, long position, long step) const {
+  __m512i operator()(__m512 value, __m512i random) const {
     // NaN is not less than anything: the minimum is its second operand.
     __m512 fixed = _mm512_mul_ps(value, inverse);
     fixed = _mm512_min_ps(fixed, _mm512_set1_ps(65536.0f * LARGEST));
-    __m512i sum = _mm512_add_epi32(_mm512_cvtps_epi32(fixed), draw16(key, position, step));
-    return _mm512_srai_epi32(sum, 16);
+    return _mm512_srai_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(fixed), random), 16);
   }
   __m128i few(__m512 value, long position, long step) const {
-    __m128i bytes = _mm512_cvtsepi32_epi8((*this)(value, position, step));
+    __m128i bytes = _mm512_cvtsepi32_epi8((*this)(value, draw16(key, position, step)));
     return _mm_xor_si128(bytes, _mm_set1_epi8(char(0x80)));
   }
 };
@@ -124,8 +135,14 @@ static void round_pixels(const T* x, uint8_t* out, Rounding rounding) {
     long i = from;
     for (; i + 64 <= to; i += 64) {
       __m512i q[4];
-      for (long n = 0; n < 4; n++)
-        q[n] = rounding(read(in + i + 16 * n, 0xFFFF), row * ROW + i + 16 * n, 1);
+      for (long n = 0; n < 4; n += 2) {
+        long at = row * ROW + i + 16 * n;
+        Draws draws = ROW % 32 == 0 ? draw32(rounding.key, at)
+                                    : Draws{draw16(rounding.key, at, 1),
+                                            draw16(rounding.key, at + 16, 1)};
+        q[n] = rounding(read(in + i + 16 * n, 0xFFFF), draws.low);
+        q[n + 1] = rounding(read(in + i + 16 * n + 16, 0xFFFF), draws.high);
+      }
       __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]),
                                          _mm512_packs_epi32(q[2], q[3]));
       bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80)));

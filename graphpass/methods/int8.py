@@ -108,7 +108,7 @@ def draw(site: Site, params: Params, template: Tensor, seed: Tensor, salt: int) 
     counts = (element_count(shape) for shape in _read(site))
     return torch.cat(
         [
-            random_draws.uniform(seed, int(count), salt)
+            random_draws.coarse(seed, int(count), salt)
             for count, salt in zip(counts, _salts(site), strict=True)
         ]
     ).to(template.device)

@@ -34,6 +34,10 @@ def draw_uniform(seed: int, salt: int = 0, count: int = COUNT) -> Tensor:
     return draws.uniform(seed_of(seed), count, salt).double()
 
 
+def draw_coarse(seed: int, salt: int = 0, count: int = COUNT) -> Tensor:
+    return draws.coarse(seed_of(seed), count, salt).double()
+
+
 def draw_normal(seed: int, salt: int = 0, count: int = COUNT) -> Tensor:
     return draws.normal(seed_of(seed), count, salt).double()
 
@@ -58,10 +62,11 @@ def correlation(left: Tensor, right: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([left, right]))[0, 1])
 
 
+@pytest.mark.parametrize("draw", [draw_uniform, draw_coarse])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("salt", SALTS)
-def test_uniform_distribution(seed: int, salt: int) -> None:
-    values = draw_uniform(seed, salt)
+def test_uniform_distribution(draw: Callable[[int, int], Tensor], seed: int, salt: int) -> None:
+    values = draw(seed, salt)
     assert values.shape == (COUNT,)
     # Moments of U(0, 1): variance 1/12, and 1/180 is the variance of a squared deviation.
     assert abs(values.mean() - 1 / 2) < STANDARD_ERRORS * math.sqrt(1 / 12 / COUNT)
@@ -82,20 +87,20 @@ def test_normal_distribution(seed: int, salt: int) -> None:
     assert distance(values, normal_cdf) < math.sqrt(math.log(2 / RISK) / (2 * COUNT))
 
 
-@pytest.mark.parametrize("draw", [draw_uniform, draw_normal])
+@pytest.mark.parametrize("draw", [draw_uniform, draw_coarse, draw_normal])
 def test_few_draws_of_many_seeds_are_distributed_as_well(
     draw: Callable[[int, int, int], Tensor],
 ) -> None:
     """One small layer over a run: the seeds vary, the position hardly does."""
     values = torch.cat([draw(draws.mix(3, step, 0, 0), 77, 4) for step in range(4000)])
-    cdf = uniform_cdf if draw is draw_uniform else normal_cdf
+    cdf = normal_cdf if draw is draw_normal else uniform_cdf
     assert distance(values, cdf) < math.sqrt(math.log(2 / RISK) / (2 * len(values)))
     for position in range(4):
         column = values[position::4]
         assert distance(column, cdf) < math.sqrt(math.log(2 / RISK) / (2 * len(column)))
 
 
-@pytest.mark.parametrize("draw", [draw_uniform, draw_normal])
+@pytest.mark.parametrize("draw", [draw_uniform, draw_coarse, draw_normal])
 def test_streams_are_uncorrelated(draw: Callable[[int, int], Tensor]) -> None:
     """Between seeds, between salts, between a seed and the salt of the same number."""
     streams = [draw(seed, 5) for seed in SEEDS] + [draw(7, salt) for salt in SALTS]
@@ -103,8 +108,8 @@ def test_streams_are_uncorrelated(draw: Callable[[int, int], Tensor]) -> None:
     assert correlations.abs().max() < STANDARD_ERRORS / math.sqrt(COUNT)
 
 
-@pytest.mark.parametrize("draw", [draw_uniform, draw_normal])
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 7, 8, 16, 64, 1024, 4096])
+@pytest.mark.parametrize("draw", [draw_uniform, draw_coarse, draw_normal])
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 7, 8, 16, 32, 64, 1024, 4096])
 def test_neighbours_are_uncorrelated(draw: Callable[[int, int], Tensor], lag: int) -> None:
     values = draw(11, 3)
     rest = len(values) - lag
@@ -140,6 +145,12 @@ def test_the_interval_is_open_below() -> None:
     assert values.min() < 2.0**-18 and values.max() > 1 - 2.0**-18
 
 
+def test_coarse_draws_are_odd_multiples() -> None:
+    """Of 2**-16: their mean is 1/2 without the bias of a half-open interval."""
+    values = draw_coarse(3, 4, 1 << 20) * 2**16
+    assert set(values.unique().tolist()) == set(range(1, 2**16, 2))
+
+
 def test_the_interval_is_open_above() -> None:
     # Found by search: places where the hash ends in 24 ones.
     for seed, position in ((27, 935207), (36, 919001), (59, 873647)):
@@ -147,9 +158,10 @@ def test_the_interval_is_open_above() -> None:
 
 
 def test_draws_depend_on_their_position_alone() -> None:
-    long, short = draw_uniform(5, 6, 1000), draw_uniform(5, 6, 10)
-    assert torch.equal(long[:10], short)
-    assert draw_uniform(5, 6, 0).shape == (0,)
+    for draw in (draw_uniform, draw_coarse):
+        long, short = draw(5, 6, 1000), draw(5, 6, 10)
+        assert torch.equal(long[:10], short)
+        assert draw(5, 6, 0).shape == (0,)
 
 
 def test_draws_leave_the_generator_alone() -> None:
@@ -159,15 +171,18 @@ def test_draws_leave_the_generator_alone() -> None:
 
 
 def test_types() -> None:
-    for draw in (draws.uniform, draws.normal):
+    for draw in (draws.uniform, draws.coarse, draws.normal):
         assert draw(seed_of(1), 3, 0).dtype == torch.float32
 
 
-@pytest.mark.parametrize("salt", [0, 2 * 0x3FFFFFFF + 1])
-def test_compiled_draws_are_the_same_bits(salt: int) -> None:
-    compiled = torch.compile(lambda seed: draws.uniform(seed, 1000, salt), fullgraph=True)
+@pytest.mark.parametrize(
+    ("draw", "salt"),
+    [(draws.uniform, 0), (draws.uniform, 2 * 0x3FFFFFFF + 1), (draws.coarse, 5)],
+)
+def test_compiled_draws_are_the_same_bits(draw: Callable[..., Tensor], salt: int) -> None:
+    compiled = torch.compile(lambda seed: draw(seed, 1000, salt), fullgraph=True)
     for seed in SEEDS:
-        expected = draws.uniform(seed_of(seed), 1000, salt)
+        expected = draw(seed_of(seed), 1000, salt)
         assert torch.equal(compiled(seed_of(seed)), expected)
 
 
