@@ -6,7 +6,9 @@
 The shapes are those of Table 1 of Wang, Nelaturu and Amarasinghe 2019: batch 128, 3x3, stride 1.
 Both sides get the memory format in which the vendor's product is fastest, channels_last here. A
 method's time is everything it adds to a step: selecting, quantising, pruning, and the product; the
-seconds of reading its operands once and doing its FLOPs at the machine's peak stand beside it.
+seconds of reading its operands once and doing its FLOPs at the machine's peak stand beside it. In a
+step both gradients of a layer share what is done to the output gradient, so methods that have both
+are measured on both at once too. "sampled" is the sampled product alone, of rows that are given.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphpass
 from benchmarks.timing import interleave, ratio, write_results
+from codegen.kernel import call, kernels
+from cost_model import Cost, element_count
 from graphpass.method import Method, salt_of
 from graphpass.site import ConvGeometry, Gradient, Site
 
@@ -36,8 +40,15 @@ SHAPES = (
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Methods whose products are of another type than their operands.
-_COMPUTES_IN = {"int8": torch.int8, "bf16": torch.bfloat16}
-GRADIENTS = (Gradient.WEIGHT, Gradient.INPUT)
+_COMPUTES_IN = {
+    "int8": torch.int8,
+    "bf16": torch.bfloat16,
+    "pixels": torch.bfloat16,
+    "sampled": torch.bfloat16,
+}
+PRODUCTS = ((Gradient.WEIGHT,), (Gradient.INPUT,), (Gradient.WEIGHT, Gradient.INPUT))
+# Shares of the output pixels that the sampled product alone is measured at.
+KEPT = (0.25, 1.0)
 
 Shape = tuple[int, int, int]
 Run = Callable[[], object]
@@ -49,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     console, rows = Console(width=120), []
     for name in given.dtypes:
-        for gradient in GRADIENTS:
+        for gradients in PRODUCTS:
             for shape in SHAPES:
-                rows += measure(shape, DTYPES[name], gradient, given.methods, given.rounds)
+                rows += measure(shape, DTYPES[name], gradients, given.methods, given.rounds)
     console.print(_table(rows))
     peaks = {name: peak_flops_per_s(DTYPES[name]) for name in given.dtypes}
     record = {
@@ -62,31 +73,39 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, gradient: Gradient, names: Sequence[str], rounds: int
+    shape: Shape,
+    dtype: torch.dtype,
+    gradients: tuple[Gradient, ...],
+    names: Sequence[str],
+    rounds: int,
 ) -> list[dict[str, Any]]:
-    """Return the seconds of the exact product and of every method that has a form for it."""
+    """Return the seconds of exact products and of every method that has a form for all of them."""
     operands = _operands(shape, dtype)
-    site = _site(operands, gradient)
-    runs = {"exact": _exact(operands, gradient)}
-    chosen = {}
+    sites = [_site(operands, gradient) for gradient in gradients]
+    runs = {"exact": _exact(operands, gradients)}
+    work = {}
     for name in names:
         method = graphpass.methods()[name]
         params = _parameters(method)
         # A method that finds itself slower than the vendor is measured all the same.
-        if gradient in method.gradients and _has_form(method, site, params):
-            runs[name] = _lowered(method, params, site, operands)
-            chosen[name] = method.cost(site, params).evaluate()
+        if all(_has_form(method, site, params) for site in sites):
+            runs[name] = _lowered(method, params, sites, operands)
+            work[name] = sum((method.cost(site, params) for site in sites), Cost.zero()).evaluate()
+    if gradients == (Gradient.WEIGHT,):
+        for keep in KEPT:
+            name = f"sampled {keep:.0%}"
+            runs[name], work[name] = _sampled(operands, keep), _sampled_work(sites[0], keep)
     for run in runs.values():
         run()
     seconds = interleave(runs, rounds, repeat=2)
     rows = []
-    for name, (flops, *moved) in chosen.items():
-        peak = peak_flops_per_s(_COMPUTES_IN.get(name, dtype))
+    for name, (flops, *moved) in work.items():
+        peak = peak_flops_per_s(_COMPUTES_IN.get(name.split()[0], dtype))
         roofline = max(flops / peak, sum(moved) / bandwidth_bytes_per_s())
         rows.append(
             {
                 "input_channels": shape[0], "output_channels": shape[1], "size": shape[2],
-                "dtype": str(dtype).removeprefix("torch."), "gradient": gradient.value,
+                "dtype": str(dtype).removeprefix("torch."), "gradient": " and ".join(gradients),
                 "method": name,
                 "exact_s": statistics.median(seconds["exact"]),
                 "method_s": statistics.median(seconds[name]),
@@ -155,30 +174,53 @@ def _has_form(method: Method, site: Site, params: Any) -> bool:
     return rejected is None or rejected.reason.name == "NOT_CHEAPER"
 
 
-def _exact(operands: dict[str, Tensor], gradient: Gradient) -> Run:
+def _exact(operands: dict[str, Tensor], gradients: Sequence[Gradient]) -> Run:
     grad, x, weight = operands["grad"], operands["input"], operands["weight"]
-    mask = [gradient is Gradient.INPUT, gradient is Gradient.WEIGHT, False]
+    mask = [Gradient.INPUT in gradients, Gradient.WEIGHT in gradients, False]
     return lambda: torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
     )
 
 
-def _lowered(method: Method, params: Any, site: Site, operands: dict[str, Tensor]) -> Run:
-    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
-    names = method.operands(site, params)
-    given = [operands[name] for name in names]
+def _lowered(
+    method: Method, params: Any, sites: Sequence[Site], operands: dict[str, Tensor]
+) -> Run:
     seed = torch.zeros((), dtype=torch.int64)
+    values = operands.values()
 
-    def lowered(seed: Tensor, *given: Tensor) -> Tensor:
-        result: Tensor = method.lower(site, params, template, seed, salt_of(site), *given)
-        return result
+    def lowered(seed: Tensor, *values: Tensor) -> list[Tensor]:
+        named = dict(zip(operands, values, strict=True))
+        results = []
+        for site in sites:
+            template = named["weight" if site.gradient is Gradient.WEIGHT else "input"]
+            given = [named[name] for name in method.operands(site, params)]
+            results.append(method.lower(site, params, template, seed, salt_of(site), *given))
+        return results
 
     # Every shape compiles the same function: Dynamo would give up after a few of them.
     torch._dynamo.reset()
     # Traced as it is in a training step: Dynamo would break it into many small graphs.
-    traced = make_fx(lowered)(seed, *given)
+    traced = make_fx(lowered)(seed, *values)
     compiled = torch.compile(traced, dynamic=False)
-    return lambda: compiled(seed, *given)
+    return lambda: compiled(seed, *values)
+
+
+def _sampled(operands: dict[str, Tensor], keep: float) -> Run:
+    """Return the sampled product of evenly spread pixels, with weights, centred."""
+    grad, x = operands["grad"], operands["input"]
+    count = grad.numel() // grad.shape[1]
+    index = torch.arange(0, count, round(1 / keep))
+    weight = torch.full((len(index),), 1 / keep)
+    center, sums = torch.rand(x.shape[1]), torch.rand(grad.shape[1], 3, 3)
+    window = [3, 3], *(list(axes) for axes in (GEOMETRY.stride, GEOMETRY.padding)), [1, 1]
+    kernel = kernels()["sampled_wgrad"]
+    return lambda: call(kernel, grad, x, index, weight, center, sums, *window, 1, True)
+
+
+def _sampled_work(site: Site, keep: float) -> tuple[int, int, int]:
+    x, _, grad = (int(element_count(shape)) * site.itemsize for shape in site.shapes)
+    flops, _, written = site.cost.evaluate()
+    return int(keep * flops), x + int(keep * grad), written
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
