@@ -4,11 +4,12 @@
     python -m benchmarks.plans --models resnet20 --plans int8 --dtype bf16 --profile
 
 A plan names methods for all layers but the first; what a method refuses stays exact. `--profile`
-prints where the time of a step goes, exact and planned.
+says where the time of a step goes, exact and planned, in the table and in the results.
 """
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from rich.table import Table
 import graphpass
 from benchmarks.timing import paired, ratio, write_results
 from benchmarks.training_step import BATCH, Case, Step, make_step
+
+_PROFILED = 3
+_OPERATORS = 14
 
 MODELS = ("resnet20", "vgg19", "resnet18", "wrn-16-4", "vit", "mlp")
 Specs = list[dict[str, Any]]
@@ -67,9 +71,10 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     for plan in given.plans:
         runs[plan] = make_step(case, options_of(case, PLANS[plan]))
         reports[plan] = graphpass.reports()[-1]
+    profiles = {}
     if given.profile:
-        for name, run in {"inductor": exact, **runs}.items():
-            Console().print(f"{case.name} {name}", _profile(run))
+        profiles = {name: _profile(run) for name, run in {"inductor": exact, **runs}.items()}
+        Console().print(_profile_table(case, profiles))
     seconds = paired(exact, runs, given.rounds, repeat=2)
     exact_s = statistics.median(base for _, bases in seconds.values() for base in bases)
     rows = {}
@@ -84,7 +89,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
                 "planned": reports[name].planned_saved_bytes,
             },
         }
-    return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows}
+    return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows, "profiles_s": profiles}
 
 
 def options_of(case: Case, specs: Specs) -> dict[str, Any]:
@@ -93,12 +98,34 @@ def options_of(case: Case, specs: Specs) -> dict[str, Any]:
     return {"methods": layers, "strict": True}
 
 
-def _profile(step: Step) -> str:
+def _profile(step: Step) -> dict[str, float]:
+    """Return the seconds of a step that each operator takes itself, generated code by direction."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
+        for _ in range(_PROFILED):
             step()
-    table: str = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14)
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        seconds[_shown(event.key)] += 1e-6 * event.self_cpu_time_total / _PROFILED
+    return dict(seconds.most_common(_OPERATORS))
+
+
+def _shown(name: str) -> str:
+    """Return the name of an operator, or what a compiled graph's own code is for."""
+    if "CompiledFunctionBackward" in name or "CompiledFxGraph" in name:
+        return "generated code, " + ("backward" if "Backward" in name else "forward")
+    return name
+
+
+def _profile_table(case: Case, profiles: dict[str, dict[str, float]]) -> Table:
+    table = Table(title=f"{case.name}, {case.dtype}: ms of a step")
+    table.add_column("operator")
+    names = dict.fromkeys(name for profile in profiles.values() for name in profile)
+    for plan in profiles:
+        table.add_column(plan, justify="right")
+    for name in names:
+        cells = (profile.get(name) for profile in profiles.values())
+        table.add_row(name, *("" if cell is None else f"{1e3 * cell:.1f}" for cell in cells))
     return table
 
 
@@ -130,7 +157,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--output", default="plans", help="name of the results file")
     return parser.parse_args(argv)
 
