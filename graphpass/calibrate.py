@@ -1,0 +1,87 @@
+"""Measure this machine for the cost model: `python -m graphpass calibrate`.
+
+Our own kernels are compiled first, so that no compiler runs while anything is measured. Everything
+is measured in two rounds, and the faster figure counts: a disturbance seldom strikes twice.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphpass import calibration, workloads
+from graphpass.calibration import Measurement
+from graphpass.timing import best_s, keep_memory
+from graphpass.workloads import Workload
+
+_ROUNDS = 2
+# Of the whole time, what a kernel is called again and again for.
+_CALLS_S = 0.02
+
+Make = Callable[[], list[Workload]]
+
+
+def calibrate(threads: int, limit_s: float, console: Console) -> Path:
+    """Measure, with a progress bar, and write what was found to the user's cache directory.
+
+    Args:
+        threads: threads of torch while it is measured.
+        limit_s: when to stop; the first round is finished however long it takes.
+        console: where to draw.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    keep_memory()
+    try:
+        measured = _measure(time.perf_counter() + limit_s, console)
+    finally:
+        torch.set_num_threads(before)
+    return calibration.store(measured, threads)
+
+
+def _measure(end: float, console: Console) -> list[Measurement]:
+    jobs = _jobs()
+    best: dict[str, Measurement] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("compiling", total=(1 + _ROUNDS) * len(jobs))
+        for make in jobs:
+            _compile(make)
+            progress.advance(task)
+        for number in range(_ROUNDS):
+            for make in jobs:
+                if number and time.perf_counter() > end:
+                    break
+                progress.update(task, description=f"measuring, round {number + 1}", advance=1)
+                for load in make():
+                    seconds = best_s(load.run, _CALLS_S)
+                    one = Measurement.of(load.kernel, seconds)
+                    key = repr((one.kind, one.dtype, one.sizes, one.flops, one.moved_bytes))
+                    if key not in best or seconds < best[key].seconds:
+                        best[key] = one
+    return list(best.values())
+
+
+def _jobs() -> list[Make]:
+    jobs: list[Make] = []
+    for dtype in workloads.DTYPES:
+        jobs.append(lambda dtype=dtype: workloads.moving(dtype))
+        jobs += workloads.vendor(dtype)
+        jobs += workloads.ours(dtype)
+    return jobs
+
+
+def _compile(make: Make) -> None:
+    """Begin to compile our kernels: traced on fake tensors, a kernel is built and not run."""
+    with FakeTensorMode():
+        make()
