@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from codegen import build
 from graphpass import calibration, workloads
 from graphpass.calibration import Measurement
 from graphpass.timing import best_s, keep_memory
@@ -58,6 +59,7 @@ def _measure(end: float, console: Console) -> list[Measurement]:
         for make in jobs:
             _compile(make)
             progress.advance(task)
+        build.wait()
         for number in range(_ROUNDS):
             for make in jobs:
                 if number and time.perf_counter() > end:
