@@ -17,9 +17,7 @@ _A100 = (
     "nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
 )
 _L40S = "https://www.nvidia.com/en-us/data-center/l40s/"
-_ADA = (
-    "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
-)
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 _MI300X = (
     "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/"
     "amd-instinct-mi300x-data-sheet.pdf"
@@ -51,6 +49,19 @@ def _gpu(
     )
 
 
+_MEASURED = "measured on AMD EPYC (family 26, model 2) x 2, 2 threads, torch 2.13.0+cpu"
+# A processor with AVX-512, VNNI and bfloat16 that was not measured itself.
+_CPU = Hardware(
+    "AVX-512 CPU",
+    {
+        "float32": Figure(0.5e12, _MEASURED),
+        "bfloat16": Figure(0.95e12, _MEASURED),
+        "int8": Figure(1.8e12, _MEASURED),
+    },
+    Figure(47e9, _MEASURED),
+    Figure(1e-6, _MEASURED),
+)
+
 DATASHEETS: Mapping[str, Hardware] = MappingProxyType(
     {
         machine.name: machine
@@ -61,6 +72,7 @@ DATASHEETS: Mapping[str, Hardware] = MappingProxyType(
             _gpu("L40S", _L40S, 91.6, 362.05, 733, 0.864),
             _gpu("RTX 4090", _ADA, 82.6, 165.2, 660.6, 1.008),
             _gpu("MI300X", _MI300X, 163.4, 1307.4, 2614.9, 5.3),
+            _CPU,
         )
     }
 )

@@ -5,7 +5,7 @@ is measured in two rounds, and the faster figure counts: a disturbance seldom st
 """
 
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +17,11 @@ from codegen import build
 from graphpass import calibration, workloads
 from graphpass.calibration import Measurement
 from graphpass.timing import best_s, keep_memory
-from graphpass.workloads import Workload
+from graphpass.workloads import Make
 
 _ROUNDS = 2
 # Of the whole time, what a kernel is called again and again for.
 _CALLS_S = 0.02
-
-Make = Callable[[], list[Workload]]
 
 
 def calibrate(threads: int, limit_s: float, console: Console) -> Path:
@@ -77,7 +75,7 @@ def _measure(end: float, console: Console) -> list[Measurement]:
 def _jobs() -> list[Make]:
     jobs: list[Make] = []
     for dtype in workloads.DTYPES:
-        jobs.append(lambda dtype=dtype: workloads.moving(dtype))
+        jobs.append(partial(workloads.moving, dtype))
         jobs += workloads.vendor(dtype)
         jobs += workloads.ours(dtype)
     return jobs

@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 # What reading a file that holds something else, or a part of what was written, may raise.
-_CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The kind that bandwidth and the time of a call are taken from.
-_MOVING = "elementwise"
+_MOVING = "fused"
 # A launch is no more than this share of what was measured: the rest is what the kernel does.
 _LARGEST_LAUNCH = 0.5
 
@@ -109,7 +109,7 @@ def load(threads: int) -> Hardware | str:
         return hardware_of(measurements, machine)
     except FileNotFoundError:
         return f"this machine was not measured with {threads} threads: {command}"
-    except _CORRUPT as error:
+    except CORRUPT as error:
         return f"{path} cannot be read ({error}): {command} again"
 
 

@@ -1,9 +1,9 @@
 """The kernels of a product, as the cost model prices them: what vendors' ones and ours depend on.
 
-A product of a convolution and one of a linear layer are described alike: `in` and `out` channels of
-a group, `groups`, `rows` (output pixels of all samples, or rows of the layer), `taps` of the kernel,
-`stride` (the product over the axes) and `width` (pixels in a row of the output map, as far as that
-matters). What only moves data depends on the number of its bytes.
+A product of a convolution and one of a linear layer are described alike: `in` and `out` channels
+of a group, `groups`, `rows` (output pixels of all samples, or rows of the layer), `taps` of the
+kernel, `stride` (the product over the axes) and `width` (pixels in a row of the output map, as far
+as that matters). What only moves data depends on the number of its bytes.
 """
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ from codegen import draws as random_draws
 from codegen.kernel import call, kernels
 from cost_model import Dim, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
-from graphpass.kernels_of import mover
+from graphpass.kernels_of import product
 from graphpass.method import Method, Sample, register
 from graphpass.rows import (
     Rows,
@@ -106,7 +106,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     if params.centered:
         # Sums by tap are taken in one pass over g.
         sums = elementwise(element_count(y), 1, 0, site.itemsize)
-        kernels = [mover("pixel_norms", sums, site.dtype), centre_cost(site, x), *kernels]
+        kernels = [product(site, "pixel_norms", sums), centre_cost(site, x), *kernels]
     return tuple(kernels)
 
 

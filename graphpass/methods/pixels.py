@@ -37,7 +37,7 @@ from codegen.kernel import call, kernels
 from codegen.kernels.sample_rows import choose
 from cost_model import Dim, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
-from graphpass.kernels_of import mover
+from graphpass.kernels_of import mover, product
 from graphpass.method import Method, Sample, register
 from graphpass.rows import (
     centre_cost,
@@ -143,7 +143,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     norms += elementwise(segments * blocks, 0, 1, number)
     # Those are read to choose; what is taken gets a place and a weight.
     chosen = elementwise(segments * blocks, 1, 0, number) + elementwise(taken, 0, 3, number)
-    kernels = [mover("pixel_norms", norms, site.dtype), mover("sample_rows", chosen, "float32")]
+    kernels = [product(site, "pixel_norms", norms), mover("sample_rows", chosen, "float32")]
     if params.centered:
         kernels.append(centre_cost(site, inputs))
     return (*kernels, sampled_cost(site, taken, gradient[1], inputs))
