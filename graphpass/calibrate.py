@@ -42,7 +42,8 @@ def calibrate(threads: int, limit_s: float, console: Console) -> Path:
     torch.set_num_threads(threads)
     keep_memory()
     try:
-        measured = _measure(time.perf_counter() + limit_s, console)
+        with torch.no_grad():
+            measured = _measure(time.perf_counter() + limit_s, console)
     finally:
         torch.set_num_threads(before)
     return calibration.store(measured, threads)
@@ -53,18 +54,20 @@ def _measure(end: float, console: Console) -> list[Measurement]:
     best: dict[str, Measurement] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("compiling", total=(1 + _ROUNDS) * len(jobs))
+        task = progress.add_task("compiling", total=(1 + _ROUNDS) * len(jobs) + _ROUNDS)
         for make in jobs:
             _compile(make)
             progress.advance(task)
         build.wait()
+        fused = workloads.fused()
+        jobs.append(lambda: fused)
         for number in range(_ROUNDS):
             for make in jobs:
                 if number and time.perf_counter() > end:
                     break
                 progress.update(task, description=f"measuring, round {number + 1}", advance=1)
                 for load in make():
-                    seconds = best_s(load.run, _CALLS_S)
+                    seconds = best_s(load.run, _CALLS_S) / load.count
                     one = Measurement.of(load.kernel, seconds)
                     key = repr((one.kind, one.dtype, one.sizes, one.flops, one.moved_bytes))
                     if key not in best or seconds < best[key].seconds:

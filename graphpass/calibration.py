@@ -20,7 +20,7 @@ _VERSION = 1
 # What reading a file that holds something else, or a part of what was written, may raise.
 CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The kind that bandwidth and the time of a call are taken from.
-_MOVING = "fused"
+_MOVING = "elementwise"
 # A launch is no more than this share of what was measured: the rest is what the kernel does.
 _LARGEST_LAUNCH = 0.5
 

@@ -164,6 +164,10 @@ class HardwarePricing:
             _store(self.measured, self.threads)
         return self.exact(site) if method is None else self.approximate(site, method, params)
 
+    def identity(self, site: Site) -> str:
+        """Return what the time of an exact product depends on, not which layer it belongs to."""
+        return self._key(site, None, None)
+
     def _price(self, site: Site, kernels: Iterable[KernelCost], key: str) -> Price:
         bound = self._bound(kernels)
         predicted = seconds(bound, self.hardware)

@@ -11,6 +11,7 @@ memory, and writes what others need later. Here, as in Inductor,
 """
 
 import math
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -165,8 +166,9 @@ def _computes(node: Node) -> bool:
 def _storage(node: Node) -> Node:
     """Return the node that makes the memory behind a value: past views and choices of results."""
     node = joint_graph.storage_of(node)
-    while "getitem" in str(node.target) and isinstance(node.args[0], Node):
-        node = joint_graph.storage_of(node.args[0])
+    while node.target is operator.getitem:
+        (source,) = node.all_input_nodes
+        node = joint_graph.storage_of(source)
     return node
 
 

@@ -10,11 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codegen.kernel import kernels
 from cost_model import Cost, KernelCost, Shape
-from graphpass import kernels_of, trial
+from graphpass import kernels_of, traffic, trial
 from graphpass.method import methods, salt_of
 from graphpass.site import ConvGeometry, Gradient, Site
 from graphpass.trial import Run
@@ -59,6 +62,8 @@ OUR_LINEARS = ((3000, 192, 768), (1000, 768, 768), (96, 768, 768))
 BATCHES = ((192, 48, 48, 48), (384, 48, 48, 24), (96, 192, 48, 192), (96, 192, 192, 48))
 # Samples, heads, positions and channels a head of attention.
 ATTENTIONS = ((96, 4, 48, 48), (96, 3, 96, 64), (24, 6, 192, 64), (8, 4, 512, 32))
+# Maps that are normalised, larger and smaller than a processor's cache.
+NORMALISED = ((96, 64, 28, 28), (96, 64, 7, 7))
 # Bytes of what is only moved, from what a call costs more than to what no cache holds.
 MOVED_BYTES = tuple(3 * 2**power for power in range(11, 28, 2))
 
@@ -70,10 +75,12 @@ class Workload:
     Attributes:
         kernel: what it is to the cost model.
         run: runs it once.
+        count: how many such kernels that runs.
     """
 
     kernel: KernelCost
     run: Run
+    count: int = 1
 
 
 Make = Callable[[], list[Workload]]
@@ -117,7 +124,7 @@ def moving(dtype: torch.dtype) -> list[Workload]:
         converted = torch.ones(numbers, dtype=other)
         moved = numbers * size
         runs: dict[str, tuple[Cost, Run]] = {
-            "fused": (Cost(numbers, 2 * moved, moved), partial(torch.add, x, y, out=result)),
+            "elementwise": (Cost(numbers, 2 * moved, moved), partial(torch.add, x, y, out=result)),
             "reduce": (Cost(numbers, moved, size), x.sum),
             "fill": (Cost(0, 0, moved), partial(x.fill_, 1)),
             "convert": (Cost(0, moved, numbers * other.itemsize), partial(converted.copy_, x)),
@@ -125,6 +132,39 @@ def moving(dtype: torch.dtype) -> list[Workload]:
         for kind, (cost, run) in runs.items():
             made.append(Workload(kernels_of.mover(kind, cost, name), run))
     return made
+
+
+def fused() -> list[Workload]:
+    """Return batch normalisation with ReLU, forward and backward, as Inductor compiles it.
+
+    It stands for all that a step computes and that is no product: several kernels that read large
+    tensors point by point and reduce them. Each counts as one of their mean size.
+    """
+    made = []
+    for shape in NORMALISED:
+        x, grad = (
+            torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2)
+        )
+        with torch.no_grad():
+            traced = make_fx(_normalised)(x, grad)
+            run: Any = compile_fx(traced, [x, grad])
+            run(x, grad)
+        moved = traffic.kernel_bytes(traced.graph)
+        large = [count for count in moved if count > x.nbytes]
+        cost = Cost(0, sum(moved) // len(large), 0)
+        kernel = kernels_of.mover("fused", cost, "float32")
+        made.append(Workload(kernel, partial(run, x, grad), len(large)))
+    return made
+
+
+def _normalised(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    axes, count = (0, 2, 3), x.numel() // x.shape[1]
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    scale = (variance + 1e-5).rsqrt()
+    normal = (x - mean) * scale
+    masked = torch.where(normal > 0, grad, 0.0)
+    total, aligned = masked.sum(axes, keepdim=True), (masked * normal).sum(axes, keepdim=True)
+    return normal.relu(), scale * (masked - (total + normal * aligned) / count)
 
 
 def _convolution(
