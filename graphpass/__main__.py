@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     given = _parse(argv)
     console = Console()
-    path = calibrate(given.threads, given.seconds, console)
+    path = calibrate(given.threads, given.seconds, given.again, console)
     hardware = calibration.load(given.threads)
     if isinstance(hardware, str):
         console.print(hardware)
@@ -32,6 +32,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser("calibrate", help="measure this machine for the cost model")
     command.add_argument("--threads", type=_positive, default=torch.get_num_threads())
     command.add_argument("--seconds", type=_positive, default=50, help="when to stop, about")
+    command.add_argument(
+        "--again", action="store_true",
+        help="on a busy machine: keep the faster figures of an earlier run",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -45,6 +45,12 @@ class Measurement:
     moved_bytes: int
     seconds: float
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What was measured, whatever came of it."""
+        sizes = tuple(sorted(self.sizes.items()))
+        return self.kind, self.dtype, sizes, self.flops, self.moved_bytes
+
     @classmethod
     def of(cls, kernel: KernelCost, seconds: float) -> "Measurement":
         """Return the record of a kernel whose sizes are all known."""
@@ -78,7 +84,11 @@ def path_of(threads: int) -> Path:
     return cache_dir() / f"calibration-{threads}.json"
 
 
-def store(measurements: Iterable[Measurement], threads: int) -> Path:
+def _command(threads: int) -> str:
+    return f"run `python -m graphpass calibrate --threads {threads}`"
+
+
+def store(found: Iterable[Measurement], threads: int) -> Path:
     """Write measurements of this machine to the user's cache directory.
 
     Raises:
@@ -87,7 +97,7 @@ def store(measurements: Iterable[Measurement], threads: int) -> Path:
     record = {
         "version": _VERSION,
         "machine": asdict(Machine.this(threads)),
-        "measurements": [asdict(measurement) for measurement in measurements],
+        "measurements": [asdict(measurement) for measurement in found],
     }
     path = path_of(threads)
     write_atomically(path, json.dumps(record))
@@ -96,8 +106,19 @@ def store(measurements: Iterable[Measurement], threads: int) -> Path:
 
 def load(threads: int) -> Hardware | str:
     """Return this machine as it was measured, or why that cannot be had, with what to do."""
+    found = measurements(threads)
+    if isinstance(found, str):
+        return found
+    try:
+        return hardware_of(found, Machine.this(threads))
+    except ValueError as error:
+        return f"{path_of(threads)} is not complete ({error}): {_command(threads)} again"
+
+
+def measurements(threads: int) -> list[Measurement] | str:
+    """Return what was measured on this machine, or why that cannot be had, with what to do."""
     path = path_of(threads)
-    command = f"run `python -m graphpass calibrate --threads {threads}`"
+    command = _command(threads)
     try:
         record = json.loads(path.read_text())
         machine = Machine(**record["machine"])
@@ -105,22 +126,21 @@ def load(threads: int) -> Hardware | str:
             return f"{path} is of another version of graphpass: {command} again"
         if machine != Machine.this(threads):
             return f"{path} was measured elsewhere ({_describe(machine)}): {command} here"
-        measurements = [Measurement(**entry) for entry in record["measurements"]]
-        return hardware_of(measurements, machine)
+        return [Measurement(**entry) for entry in record["measurements"]]
     except FileNotFoundError:
         return f"this machine was not measured with {threads} threads: {command}"
     except CORRUPT as error:
         return f"{path} cannot be read ({error}): {command} again"
 
 
-def hardware_of(measurements: Iterable[Measurement], machine: Machine) -> Hardware:
+def hardware_of(found: Iterable[Measurement], machine: Machine) -> Hardware:
     """Return a machine's record: the best figures seen, and the share of them each kernel reached.
 
     Raises:
         ValueError: if nothing was measured in float32 or of what moves bytes, or a figure is
             nonsense.
     """
-    given = list(measurements)
+    given = list(found)
     moved = [one for one in given if one.kind == _MOVING and one.dtype == "float32"]
     if not moved:
         raise ValueError("no bandwidth was measured")

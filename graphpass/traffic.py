@@ -49,7 +49,7 @@ class _Fusion:
         self.stage: dict[Node, int] = {}
         for node in self.nodes:
             self.stage[node] = max(map(self._stage_after, self._sources(node)), default=0)
-        self.parent = {node: node for node in self.nodes}
+        self.parent: dict[Node, Node] = {node: node for node in self.nodes}
         self._unite()
         self.kept = {node for node in self.nodes if self._is_kept(node)}
 
@@ -165,11 +165,13 @@ def _computes(node: Node) -> bool:
 
 def _storage(node: Node) -> Node:
     """Return the node that makes the memory behind a value: past views and choices of results."""
-    node = joint_graph.storage_of(node)
-    while node.target is operator.getitem:
-        (source,) = node.all_input_nodes
-        node = joint_graph.storage_of(source)
-    return node
+    while True:
+        source = joint_graph.storage_of(node)
+        if source.target is operator.getitem:
+            (source,) = source.all_input_nodes
+        if source is node:
+            return node
+        node = source
 
 
 def _users(node: Node) -> Iterable[Node]:

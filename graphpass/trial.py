@@ -4,14 +4,17 @@ Operands are what training shows: activations behind a ReLU, gradients of very d
 images are channels_last, as Inductor has them on a CPU whatever the model's format is.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cost_model import Shape
@@ -22,6 +25,8 @@ aten = torch.ops.aten
 Run = Callable[[], object]
 
 _IMAGE_RANK = 4
+# A number that no size of a tensor divides.
+_POOL = 1_000_003
 
 
 def bound(site: Site, hints: Mapping[str, int]) -> Site:
@@ -50,15 +55,15 @@ def operands(site: Site) -> dict[str, Tensor]:
     """
     dtype = getattr(torch, site.dtype)
     if site.conv is not None:
-        x, weight, grad = (torch.randn(_ints(shape)) for shape in site.shapes)
+        x, weight, grad = (_random(shape) for shape in site.shapes)
         made = {"input": x.relu(), "weight": weight, "grad": grad * _scales(grad)}
         return {name: _laid_out(tensor.to(dtype)) for name, tensor in made.items()}
     if len(site.shapes) != 2:
         return {
-            name: torch.randn(_ints(shape)).to(dtype)
+            name: _random(shape).to(dtype)
             for name, shape in zip(("query", "key", "value"), site.shapes, strict=True)
         }
-    left, right = (torch.randn(_ints(shape)).to(dtype) for shape in site.shapes)
+    left, right = (_random(shape).to(dtype) for shape in site.shapes)
     # A layer holds x and the gradient as [rows, channels], and its weight as [out, in].
     if site.gradient is Gradient.WEIGHT:
         left = left.mT.contiguous().mT
@@ -122,6 +127,20 @@ def _attention(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Run:
     return lambda: aten._scaled_dot_product_flash_attention_for_cpu_backward(
         out, query, key, value, out, statistics, 0.0, False
     )
+
+
+def _random(shape: Shape) -> Tensor:
+    """Return normal values; they recur, as drawing them takes longer than most products."""
+    count = math.prod(_ints(shape))
+    pool = _pool()
+    return pool.expand(-(-count // len(pool)), -1).reshape(-1)[:count].view(_ints(shape))
+
+
+@cache
+def _pool() -> Tensor:
+    # It outlives the mode that operands may be made in, to compile for them.
+    with unset_fake_temporarily():
+        return torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
 
 
 def _scales(grad: Tensor) -> Tensor:
