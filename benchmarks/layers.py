@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import graphpass
 from benchmarks.timing import interleave, ratio, write_results
 from codegen.kernel import call, kernels
-from cost_model import Cost, element_count
+from cost_model import counted_once, element_count, total
 from graphpass.method import Method, salt_of
 from graphpass.site import ConvGeometry, Gradient, Site
 
@@ -90,7 +90,8 @@ def measure(
         # A method that finds itself slower than the vendor is measured all the same.
         if all(_has_form(method, site, params) for site in sites):
             runs[name] = _lowered(method, params, sites, operands)
-            work[name] = sum((method.cost(site, params) for site in sites), Cost.zero()).evaluate()
+            kernels_of = [kernel for site in sites for kernel in method.cost(site, params)]
+            work[name] = total(counted_once(kernels_of)).evaluate()
     if gradients == (Gradient.WEIGHT,):
         for keep in KEPT:
             name = f"sampled {keep:.0%}"
@@ -170,6 +171,8 @@ def _parameters(method: Method) -> Any:
 
 
 def _has_form(method: Method, site: Site, params: Any) -> bool:
+    if site.gradient not in method.gradients:
+        return False
     rejected = method.reject(site, params)
     return rejected is None or rejected.reason.name == "NOT_CHEAPER"
 

@@ -1,6 +1,5 @@
 """How things are timed here: in turns, many times, as ratios; on a machine that is described."""
 
-import ctypes
 import json
 import statistics
 import subprocess
@@ -11,24 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.results import environment
+from graphpass.timing import keep_memory
 
 RESULTS = Path(__file__).parent / "results"
-# Parameters of glibc's mallopt (malloc.h), and a size that nothing here reaches.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
-
-
-def keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library is glibc.
-
-    Otherwise a large tensor's memory goes back to the system when the tensor dies, and the next
-    one's comes in by page faults. Of an exact ResNet-20 step of 194 ms that took 55 ms, of a
-    planned one of 96 ms 15, and whether it happens depends on what the process did before. Figures
-    taken with it would flatter plans, and vary.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _NEVER)
-        mallopt(_MMAP_THRESHOLD, _NEVER)
 
 
 def interleave(

@@ -102,6 +102,12 @@ def start(source: str) -> "Future[Launch]":
     return _STARTED[source]
 
 
+def wait() -> None:
+    """Wait until everything begun is built, or has failed."""
+    for future in list(_STARTED.values()):
+        future.exception()
+
+
 _STARTED: dict[str, "Future[Launch]"] = {}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.fx import Graph, GraphModule, Node
 
-from graphpass import fingerprint, joint_graph
+from graphpass import fingerprint, joint_graph, traffic
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -29,6 +29,9 @@ class Analysis:
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
         remembered: whether it was read from disk.
+        rest_bytes: bytes read and written by each kernel of a step that computes no product, for
+            the sizes of the example inputs.
+        device: type of device that it runs on.
         nested: whether nothing was looked at, as the graph has regions that are compiled apart.
     """
 
@@ -38,6 +41,8 @@ class Analysis:
     variants: dict[str, int] = field(default_factory=dict)
     nested: bool = False
     remembered: bool = False
+    rest_bytes: tuple[int, ...] = ()
+    device: str = "cpu"
 
     @property
     def layers(self) -> int:
@@ -83,9 +88,13 @@ class _SiteRecorder(CustomGraphPass):
         self.path_of = path_of
         self.sites: tuple[Site, ...] = ()
         self.hints: dict[str, int] = {}
+        self.rest_bytes: tuple[int, ...] = ()
+        self.device = "cpu"
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
+        self.rest_bytes = traffic.kernel_bytes(graph)
+        self.device = _device(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
         self.hints = _hints(graph)
 
@@ -173,7 +182,13 @@ def analyse(
         compile_copy({**patches, **ours})
     except _Captured:
         assert partitioner.count is not None
-        return Analysis(recorder.sites, recorder.hints, partitioner.count)
+        return Analysis(
+            recorder.sites,
+            recorder.hints,
+            partitioner.count,
+            rest_bytes=recorder.rest_bytes,
+            device=recorder.device,
+        )
     return None
 
 
@@ -196,6 +211,13 @@ def _is_region(argument: Node) -> bool:
     return argument.op == "get_attr" and isinstance(
         getattr(argument.graph.owning_module, str(argument.target), None), GraphModule
     )
+
+
+def _device(graph: Graph) -> str:
+    """Return the type of device that most inputs of a graph are on."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    types = [value.device.type for value in values if isinstance(value, torch.Tensor)]
+    return max(sorted(set(types)), key=types.count, default="cpu")
 
 
 def _hints(graph: Graph) -> dict[str, int]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from graphpass.backend import analyse, inductor_patches, make_visible
 from graphpass.callers import first_parameter
+from graphpass.capture import Analysis
 from graphpass.errors import ConfigError
 from graphpass.options import Options
 from graphpass.owner import find_owner
@@ -37,13 +38,32 @@ def plan(
     Raises:
         ConfigError: if an option is not legal, or the model trains nothing.
     """
+    return _planned(model, inputs, loss, Options.from_dict(options)).session.plan
+
+
+def analyses(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None
+) -> tuple[Analysis, ...]:
+    """Return what every training graph of `model` holds, as `plan` sees it.
+
+    Raises:
+        ConfigError: as `plan` does.
+    """
+    return tuple(_planned(model, inputs, loss, Options()).analyses)
+
+
+def _planned(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    loss: Callable[[Any], Tensor] | None,
+    options: Options,
+) -> "_Planning":
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise ConfigError(f"plan: give the model itself, not compiled; got {type(model).__name__}")
-    checked = Options.from_dict(options)
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     with FakeCopyMode(mode):
         stand_in = copy.deepcopy(model).train()
-    planned = _Planning(checked)
+    planned = _Planning(options)
     # Compilations of the user's own model are left alone: only this copy's frames are new.
     compiled = torch.compile(stand_in, backend=planned, dynamic=False)
     fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
@@ -56,7 +76,7 @@ def plan(
             "plan: no convolution or matrix product of the model is trained with these inputs; "
             "check that parameters have requires_grad and the inputs are those of training"
         )
-    return planned.session.plan
+    return planned
 
 
 @contextmanager
@@ -82,6 +102,7 @@ class _Planning:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.session = Session()
+        self.analyses: list[Analysis] = []
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         first = first_parameter(inputs)
@@ -90,6 +111,7 @@ class _Planning:
             patches = inductor_patches(self.options)
             _, analysis = analyse(gm, inputs, owner, patches)
             if analysis is not None:
+                self.analyses.append(analysis)
                 identity = owner.identity(analysis.sites)
                 offset = self.session.layer_offset(identity, analysis.layers)
                 made = make_plan(analysis, self.options, offset, owner.product_modules())

@@ -35,6 +35,8 @@ def load(key: str) -> Analysis | None:
             int(record["saved_bytes"]),
             dict(record["variants"]),
             remembered=True,
+            rest_bytes=tuple(map(int, record["rest_bytes"])),
+            device=str(record["device"]),
         )
     except FileNotFoundError:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cost_model import Cost
+from cost_model import KernelCost
 from graphpass.errors import ConfigError, Rejected
 from graphpass.site import Gradient, Site
 
@@ -58,7 +58,7 @@ class Method:
         gradients: products it can approximate; the first is the default.
         params: frozen dataclass of parameters, range-checked with `ConfigError`.
         reject: says why a site must stay exact, or None.
-        cost: what the approximate product costs.
+        cost: every kernel of the approximate product, a term of its own.
         operands: names of the operands that it reads.
         draw: all its random numbers, from a seed and a salt; None for a method without any.
         reference: (site, params, template, draws, *operands) -> result; plain and obvious.
@@ -75,7 +75,7 @@ class Method:
     gradients: tuple[Gradient, ...]
     params: type[Any]
     reject: Callable[[Site, Any], Rejected | None]
-    cost: Callable[[Site, Any], Cost]
+    cost: Callable[[Site, Any], tuple[KernelCost, ...]]
     operands: Callable[[Site, Any], tuple[str, ...]]
     draw: Callable[[Site, Any, Tensor, Tensor, int], Tensor | None]
     reference: Callable[..., Tensor]

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cost_model import Hardware
+
 if TYPE_CHECKING:
     from graphpass.plan import Plan
     from graphpass.report import Report
@@ -102,3 +104,17 @@ def _text(table: Table) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDTH, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def hardware_table(hardware: Hardware) -> Table:
+    """Return the figures of a machine, each with its source."""
+    table = Table(title=hardware.name)
+    for column in ("figure", "value", "source"):
+        table.add_column(column, overflow="fold")
+    for dtype, peak in sorted(hardware.peak_flops_per_s.items()):
+        table.add_row(f"peak of {dtype}", f"{peak.value / 1e9:.0f} GFLOP/s", peak.source)
+    bandwidth, launch = hardware.bandwidth_bytes_per_s, hardware.launch_s
+    table.add_row("bandwidth", f"{bandwidth.value / 1e9:.1f} GB/s", bandwidth.source)
+    table.add_row("launch", f"{launch.value * 1e6:.1f} us", launch.source)
+    table.add_row("kinds of kernels", str(len(hardware.efficiencies)), "")
+    return table

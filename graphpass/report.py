@@ -12,7 +12,7 @@ from typing import Any
 
 from codegen import build
 from codegen.cache import write_atomically
-from cost_model import Cost
+from cost_model import Cost, total
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
@@ -148,9 +148,9 @@ class TrainingGraph:
         for site, decision in zip(analysis.sites, plan.decisions, strict=True):
             exact = site.cost
             chosen = planned.get(site.id)
-            approximate = chosen.method.cost(site, chosen.params) if chosen else exact
-            flops, total = _figures(exact, analysis.hints)
-            planned_flops, planned_total = _figures(approximate, analysis.hints)
+            approximate = total(chosen.method.cost(site, chosen.params)) if chosen else exact
+            flops, moved = _figures(exact, analysis.hints)
+            planned_flops, planned_moved = _figures(approximate, analysis.hints)
             rows.append(
                 Row(
                     where=site.name,
@@ -162,8 +162,8 @@ class TrainingGraph:
                     reason=decision.reason,
                     exact_flops=flops,
                     planned_flops=planned_flops,
-                    exact_bytes=total,
-                    planned_bytes=planned_total,
+                    exact_bytes=moved,
+                    planned_bytes=planned_moved,
                 )
             )
         layers = dict.fromkeys((d.layer, d.site.rsplit(":", 1)[0]) for d in plan.approximated)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from codegen.kernel import call, kernels
+from cost_model import Cost, Dim, KernelCost, Shape, element_count, reduce
+from graphpass.kernels_of import mover, product
 from graphpass.site import Site
 
 aten = torch.ops.aten
@@ -64,14 +66,39 @@ def rows_of(site: Site, first: Tensor, second: Tensor) -> Rows:
     return Rows(first, second, kernel, stride, list(conv.padding), list(conv.dilation), conv.groups)
 
 
+def sampled_cost(site: Site, taken: Dim, channels: Dim, inputs: Shape) -> KernelCost:
+    """Return the cost of the product over `taken` rows of `channels` output channels.
+
+    It reads what is taken of g, and all of x, as the windows overlap; one FMA for each pair.
+    """
+    cost = Cost(
+        2 * taken * element_count(site.output),
+        (taken * channels + element_count(inputs)) * site.itemsize,
+        element_count(site.output) * site.itemsize,
+    )
+    return product(site, "sampled_wgrad", cost, rows=taken)
+
+
+def centre_cost(site: Site, inputs: Shape) -> KernelCost:
+    """Return the cost of the channel means of x, [B, Ci, ...], over a part of the samples."""
+    batch, pixels = inputs[0], element_count(inputs[2:])
+    step = _step(batch, pixels)
+    read = -(-batch // step) * element_count(inputs[1:])
+    return mover("reduce", reduce(read, inputs[1], site.itemsize), site.dtype)
+
+
 def channel_means(x: Tensor) -> Tensor:
     """Return the mean of every channel over a fixed part of the samples: [Ci], float32 or wider."""
-    batch, step = x.shape[0], 1
-    pixels = x[0, 0].numel()
-    if isinstance(batch, int) and isinstance(pixels, int):
-        step = max(1, min(batch // _SAMPLES, batch * pixels // _PIXELS))
+    step = _step(x.shape[0], x[0, 0].numel())
     wide = torch.promote_types(x.dtype, torch.float32)
     return x[::step].mean((0, *range(2, x.dim())), dtype=wide)
+
+
+def _step(batch: Dim, pixels: Dim) -> int:
+    """Return which samples the channel means are taken over: every how many; all if not known."""
+    if isinstance(batch, int) and isinstance(pixels, int):
+        return max(1, min(batch // _SAMPLES, batch * pixels // _PIXELS))
+    return 1
 
 
 def sampled(

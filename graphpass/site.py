@@ -121,6 +121,11 @@ def find_sites(graph: Graph, parameters: Collection[int], prefix: "PathOf") -> t
     return tuple(sites)
 
 
+def is_product(node: Node) -> bool:
+    """Return whether a node computes products: one, or both gradients of a convolution."""
+    return node.target in _OPS
+
+
 PathOf = Callable[[str], str]
 
 

@@ -8,13 +8,20 @@ it is one product, and everything around it stays in the model's precision.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cost_model import Cost, element_count
+from cost_model import Cost, KernelCost, element_count
 from graphpass.errors import Reason, Rejected
+from graphpass.kernels_of import (
+    layer_name,
+    mover,
+    operand_shape,
+    product,
+    shared_name,
+    vendor_kind,
+)
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.site import Gradient, Site
 
@@ -35,17 +42,21 @@ def reference(
     return _product(site, template, *rounded)
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of rounding both operands, and of the product of half as many bytes."""
-    del params
+    names = operands(site, params)
     exact, half = site.cost, torch.bfloat16.itemsize / site.itemsize
     # The result is converted as it is written.
-    product = Cost(exact.flops, exact.bytes_read * half, exact.bytes_written)
+    cost = Cost(exact.flops, exact.bytes_read * half, exact.bytes_written)
+    multiplied = product(site, vendor_kind(site), cost, "bfloat16")
     # Each operand is read once as it is and written once rounded.
-    for shape in _read(site):
-        count = element_count(shape)
-        product += Cost(0, count * site.itemsize, count * torch.bfloat16.itemsize)
-    return product
+    return (*(_rounding(site, name) for name in names), multiplied)
+
+
+def _rounding(site: Site, name: str) -> KernelCost:
+    count = element_count(operand_shape(site, name))
+    cost = Cost(0, count * site.itemsize, count * torch.bfloat16.itemsize)
+    return mover("convert", cost, site.dtype, shared_name("bf16", site, layer_name(site, name)))
 
 
 def reject(site: Site, params: Params) -> Rejected | None:
@@ -75,15 +86,6 @@ def operands(site: Site, params: Params) -> tuple[str, ...]:
         Gradient.INPUT: ("grad", "weight"),
         Gradient.WEIGHT: ("grad", "input"),
     }[site.gradient]
-
-
-def _read(site: Site) -> tuple[Any, ...]:
-    """Return the shapes of the operands."""
-    if site.conv is None:
-        return site.shapes
-    x, w, y = site.shapes
-    shapes = {"input": x, "weight": w, "grad": y}
-    return tuple(shapes[name] for name in operands(site, Params()))
 
 
 def _product(site: Site, template: Tensor, first: Tensor, second: Tensor) -> Tensor:

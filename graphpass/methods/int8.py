@@ -32,8 +32,9 @@ from torch import Tensor
 from codegen import draws as random_draws
 from codegen import int8
 from codegen.kernel import call, kernels
-from cost_model import Cost, element_count, reduce
+from cost_model import Cost, KernelCost, element_count, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import mover, product, shared_name
 from graphpass.method import Method, Sample, register
 from graphpass.site import Gradient, Site
 
@@ -48,6 +49,11 @@ _NAMES = {
     Gradient.FORWARD: ("input", "weight"),
     Gradient.INPUT: ("grad", "weight"),
     Gradient.WEIGHT: ("grad", "input"),
+}
+_KERNELS = {
+    Gradient.FORWARD: "int8_forward",
+    Gradient.INPUT: "int8_dgrad",
+    Gradient.WEIGHT: "int8_wgrad",
 }
 
 
@@ -140,19 +146,23 @@ def reference(
     return _finish(site, template, _product(site, problem, rounded[0], rounded[1]))
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of rounding both operands, and of the product of bytes."""
     del params
-    exact = site.cost
+    exact, rounding = site.cost, []
     counts = [element_count(shape) for shape in _read(site)]
-    # Operands are read as bytes; the result is written as it always is.
-    product = Cost(exact.flops, sum(counts), exact.bytes_written)
-    for count in counts:
-        # Each is read for its largest magnitude, ...
-        product += reduce(count, 1, site.itemsize)
+    for name, count in zip(_NAMES[site.gradient], counts, strict=True):
+        # Each operand is read for its largest magnitude, ...
+        largest = reduce(count, 1, site.itemsize)
+        shared = shared_name("int8 maximum", site, name)
+        rounding.append(mover("absolute_max", largest, site.dtype, shared))
         # ... and once more to be written as bytes.
-        product += Cost(count * _FLOPS_PER_VALUE, count * site.itemsize, count)
-    return product
+        rounded = Cost(count * _FLOPS_PER_VALUE, count * site.itemsize, count)
+        shared = shared_name("int8 bytes", site, name)
+        rounding.append(mover("int8_round", rounded, site.dtype, shared))
+    # Operands are read as bytes; the result is written as it always is.
+    cost = Cost(exact.flops, sum(counts), exact.bytes_written)
+    return (*rounding, product(site, _KERNELS[site.gradient], cost, "int8"))
 
 
 def reject(site: Site, params: Params) -> Rejected | None:
@@ -215,7 +225,7 @@ def lower(
     if site.gradient is Gradient.WEIGHT:
         result = call(kernels()["int8_wgrad"], left, right, *wide, *sizes, last[1])
     else:
-        kernel = "int8_dgrad" if site.gradient is Gradient.INPUT else "int8_forward"
+        kernel = _KERNELS[site.gradient]
         result = call(kernels()[kernel], left, right, *wide, *sizes, template.dtype, any(last))
     return _finish(site, template, result)
 

@@ -22,10 +22,20 @@ from torch import Tensor
 
 from codegen import draws as random_draws
 from codegen.kernel import call, kernels
-from cost_model import Cost, Dim, element_count, elementwise
+from cost_model import Dim, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import product
 from graphpass.method import Method, Sample, register
-from graphpass.rows import Rows, centre_share, channel_means, rows_of, sampled, weighted
+from graphpass.rows import (
+    Rows,
+    centre_cost,
+    centre_share,
+    channel_means,
+    rows_of,
+    sampled,
+    sampled_cost,
+    weighted,
+)
 from graphpass.site import Gradient, Site
 
 # Fewer rows than this say too little (Adelman, Silberstein 2018, section 4).
@@ -88,20 +98,16 @@ def reference(
     return _estimate(rows, params, phase).reshape(template.shape)
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of the product over one phase, and of the centre's share."""
     x, _, y = site.shapes
     taken = _taken(site, params)
-    product = Cost(
-        # One FMA for each pair of values; what is taken of g, and all of x: the windows overlap.
-        2 * taken * element_count(site.output),
-        (taken * y[1] + element_count(x)) * site.itemsize,
-        element_count(site.output) * site.itemsize,
-    )
+    kernels = [sampled_cost(site, taken, y[1], x)]
     if params.centered:
         # Sums by tap are taken in one pass over g.
-        product += elementwise(element_count(y), 1, 0, site.itemsize)
-    return product
+        sums = elementwise(element_count(y), 1, 0, site.itemsize)
+        kernels = [product(site, "pixel_norms", sums), centre_cost(site, x), *kernels]
+    return tuple(kernels)
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

@@ -37,15 +37,18 @@ from torch import Tensor
 from codegen import draws as random_draws
 from codegen.kernel import call, kernels
 from codegen.kernels.sample_rows import choose
-from cost_model import Cost, Dim, element_count, elementwise
+from cost_model import Dim, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import mover, product
 from graphpass.method import Method, Sample, register
 from graphpass.rows import (
+    centre_cost,
     centre_share,
     channel_means,
     pixel_energy,
     rows_of,
     sampled,
+    sampled_cost,
     weighted,
 )
 from graphpass.site import Gradient, Site
@@ -135,24 +138,21 @@ def reference(
     return dw.reshape(template.shape)
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of choosing pixels and of the product over those."""
-    segments, _, top, rest = _counts(site, params)
+    segments, blocks, top, rest = _counts(site, params)
     gradient, inputs = _shapes(site)
     taken = segments * (top + rest) * params.block
-    rows = element_count((gradient[0], *gradient[2:]))
-    return (
-        # Squares, their sum and the sum by tap are taken in one pass over g, ...
-        elementwise(element_count(gradient), 1, 0, site.itemsize, flops_per_element=3)
-        # ... one number a pixel is written, and read again to choose.
-        + elementwise(rows, 1, 1, torch.float32.itemsize)
-        # What is taken of g, all of x (the windows overlap), one FMA for each pair of values.
-        + Cost(
-            2 * taken * element_count(site.output),
-            (taken * gradient[1] + element_count(inputs)) * site.itemsize,
-            element_count(site.output) * site.itemsize,
-        )
-    )
+    number = torch.float32.itemsize
+    # Squares, their sum and the sum by tap are taken in one pass over g; a number a block is left.
+    norms = elementwise(element_count(gradient), 1, 0, site.itemsize, flops_per_element=3)
+    norms += elementwise(segments * blocks, 0, 1, number)
+    # Those are read to choose; what is taken gets a place and a weight.
+    chosen = elementwise(segments * blocks, 1, 0, number) + elementwise(taken, 0, 3, number)
+    kernels = [product(site, "pixel_norms", norms), mover("sample_rows", chosen, "float32")]
+    if params.centered:
+        kernels.append(centre_cost(site, inputs))
+    return (*kernels, sampled_cost(site, taken, gradient[1], inputs))
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

@@ -38,8 +38,9 @@ from torch import Tensor
 from codegen import draws as random_draws
 from codegen import pruning
 from codegen.kernel import kernels, unavailable
-from cost_model import Cost, element_count, elementwise, reduce
+from cost_model import Cost, KernelCost, element_count, elementwise, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import mover, product, shared_name
 from graphpass.method import Method, Sample, register
 from graphpass.site import ConvGeometry, Gradient, Site
 
@@ -135,17 +136,20 @@ def density(grad: Tensor, params: Params) -> Tensor:
     return torch.where(norms > 0, norms / threshold(grad, params), 0.0).clamp(max=1).mean()
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the expected cost of a threshold, of drawing and of the products that are left."""
     exact, values = site.cost, element_count(site.shapes[2])
-    return (
-        # The mean of the norms; where g is computed, if it is fused with that.
-        reduce(values, 1, site.itemsize)
-        # g is read once more, pruned and multiplied at once.
-        + elementwise(values, 0, 0, site.itemsize, flops_per_element=_FLOPS_PER_DRAW)
+    # The mean of the norms; where g is computed, if it is fused with that.
+    mean = reduce(values, 1, site.itemsize)
+    shared = shared_name("prune threshold", site, "grad", params.p, params.block)
+    # g is read once more, pruned and multiplied at once.
+    pruned = (
+        elementwise(values, 0, 0, site.itemsize, flops_per_element=_FLOPS_PER_DRAW)
         + Cost(exact.flops, 0, 0) * largest_density(params)
         + Cost(0, exact.bytes_read, exact.bytes_written)
     )
+    kind = "pruned_wgrad" if site.gradient is Gradient.WEIGHT else "pruned_dgrad"
+    return (mover("reduce", mean, site.dtype, shared), product(site, kind, pruned))
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

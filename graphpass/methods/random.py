@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from codegen import draws as random_draws
-from cost_model import Cost, element_count, elementwise
+from cost_model import KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Rejected
+from graphpass.kernels_of import mover
 from graphpass.method import Method, Sample, register
 from graphpass.site import Gradient, Site
 
@@ -67,12 +68,13 @@ def reference(
     return (draws * std).view(template.shape).to(template.dtype)
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of drawing and writing every value."""
     del params
     elements = element_count(site.output)
     # The draws are computed and written in one pass; nothing is read.
-    return elementwise(elements, 0, 1, site.itemsize, flops_per_element=_FLOPS_PER_DRAW)
+    drawn = elementwise(elements, 0, 1, site.itemsize, flops_per_element=_FLOPS_PER_DRAW)
+    return (mover("draw", drawn, site.dtype),)
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

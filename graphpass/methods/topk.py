@@ -18,12 +18,14 @@ import math
 import sys
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import Tensor
 
 from codegen.kernel import kernels, unavailable
-from cost_model import Cost, element_count, elementwise, gather, reduce
+from cost_model import Cost, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import product
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.site import ConvGeometry, Gradient, Site
 
@@ -91,21 +93,20 @@ def reference(
     return dw * params.scale
 
 
-def cost(site: Site, params: Params) -> Cost:
-    """Return the cost of selecting positions and accumulating patches."""
-    _, w, y = site.shapes
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
+    """Return the cost of selecting positions and accumulating patches, which one kernel does."""
+    x, w, y = site.shapes
     kept = element_count(y[:2]) * params.k
     patch = element_count(w[1:])
-    maps = element_count(y)
-    return (
-        # |g|, its maximum and its sum are taken in one pass over g.
-        elementwise(maps, 1, 0, site.itemsize, flops_per_element=3)
-        + reduce(kept, kept, site.itemsize)
-        # One patch of x a kept value, ...
-        + gather(kept, patch, site.itemsize)
-        # ... scaled and added to its filter: one FMA an element.
-        + Cost(2 * kept * patch, 0, element_count(site.output) * site.itemsize)
+    # |g|, its maximum and its sum are taken in one pass over g.
+    selected = elementwise(element_count(y), 1, 0, site.itemsize, flops_per_element=3)
+    # One patch of x a kept value: patches overlap, and memory gives each value of x once.
+    patches = sympy.Min(kept * patch, element_count(x))
+    # They are scaled and added to their filters: one FMA an element.
+    summed = Cost(
+        2 * kept * patch, patches * site.itemsize, element_count(site.output) * site.itemsize
     )
+    return (product(site, "top_patches", selected + summed),)
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cost_model import Cost, element_count, fill
+from cost_model import KernelCost, element_count, fill
 from graphpass.errors import Rejected
+from graphpass.kernels_of import mover
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.site import Gradient, Site
 
@@ -29,10 +30,11 @@ def reference(site: Site, params: Params, template: Tensor, draws: None) -> Tens
     return torch.zeros(template.shape, dtype=template.dtype, device=template.device)
 
 
-def cost(site: Site, params: Params) -> Cost:
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the cost of writing the zeros."""
     del params
-    return fill(element_count(site.output), site.itemsize)  # the result is written once
+    # The result is written once.
+    return (mover("fill", fill(element_count(site.output), site.itemsize), site.dtype),)
 
 
 def reject(site: Site, params: Params) -> Rejected | None:

@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 
 import graphpass
 from codegen import draws as random_draws
+from cost_model import total
 from graphpass import callers, variants
 from graphpass.capture import Analysis
 from graphpass.errors import ConfigError, Reason
@@ -518,7 +519,7 @@ def test_a_bias_is_noticed(scale: float, biased: bool) -> None:
 @by_case
 def test_cost_is_a_count(case: Case) -> None:
     seen = outcome(case)
-    cost = get_method(case.method).cost(seen.site, case.sample.params)
+    cost = total(get_method(case.method).cost(seen.site, case.sample.params))
     figures = cost.evaluate()
     assert all(isinstance(figure, int) and figure >= 0 for figure in figures)
     assert figures[2] >= math.prod(seen.site.output) * seen.site.itemsize
@@ -536,8 +537,8 @@ def test_cost_of_a_symbolic_batch_is_the_same_formula(case: Case) -> None:
         output=_symbolic(site.output, size, batch),
     )
     assert method.reject(symbolic, case.sample.params) is None
-    cost = method.cost(symbolic, case.sample.params)
-    exact = method.cost(site, case.sample.params)
+    cost = total(method.cost(symbolic, case.sample.params))
+    exact = total(method.cost(site, case.sample.params))
     assert cost.evaluate({batch: size}) == exact.evaluate()
 
 
@@ -553,7 +554,7 @@ def test_flops_fall_with_the_work_that_is_kept(case: Case) -> None:
         pytest.skip("the method has no parameter that sets its work")
     for name in names:
         flops = [
-            method.cost(site, dataclasses.replace(params, **{name: value})).evaluate()[0]
+            total(method.cost(site, dataclasses.replace(params, **{name: value}))).evaluate()[0]
             for value in _falling(getattr(params, name))
         ]
         assert flops == sorted(set(flops), reverse=True)

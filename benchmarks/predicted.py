@@ -1,0 +1,249 @@
+"""Predicted against measured seconds: of every product, of methods, and of whole steps.
+
+    python -m graphpass calibrate --threads 2
+    python -m benchmarks.predicted
+    python -m benchmarks.predicted --models resnet20 --methods int8 pixels --append
+
+Predictions come from the calibration alone; none of its shapes is judged here. A product is timed
+by itself, with other data in the caches (see `graphpass.timing`), each distinct one of a model
+once. On a CPU Inductor runs images in channels_last, whatever the model's format is, so that the
+products of a model in NCHW are the same: the formats differ in steps alone. A step is forward,
+loss and backward; the optimizer is no part of it.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import nn
+
+import graphpass
+from benchmarks.timing import RESULTS, write_results
+from examples.large_models import deep_resnet
+from examples.models import build
+from graphpass import calibration, dry_run, pricing, trial
+from graphpass.capture import Analysis
+from graphpass.pricing import HardwarePricing
+from graphpass.timing import best_s, keep_memory
+
+MODELS = ("resnet20", "vgg19", "wrn-16-8", "resnet50", "vit")
+DTYPES, FORMATS = ("fp32", "bf16"), ("channels_last", "nchw")
+# How long each product is called again and again, and each step.
+_SITE_S, _STEP_S = 0.1, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, and how it is trained.
+
+    Attributes:
+        name: one of the models.
+        dtype: `fp32`, or `bf16` for autocast to it.
+        format: `channels_last` or `nchw`.
+    """
+
+    name: str
+    dtype: str
+    format: str
+
+    def model(self) -> nn.Module:
+        """Return the model."""
+        model = deep_resnet(50, image_size=64) if self.name == "resnet50" else build(self.name)
+        if self.format == "channels_last":
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def images(self) -> torch.Tensor:
+        """Return random images, as many as memory holds of the large ones."""
+        batch, size = (32, 64) if self.name == "resnet50" else (128, 32)
+        images = torch.randn(batch, 3, size, size)
+        last = self.format == "channels_last"
+        return images.contiguous(memory_format=torch.channels_last) if last else images
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that a forward pass runs in."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Predict and measure, print a table, write the results.
+
+    Raises:
+        SystemExit: if this machine was not calibrated.
+    """
+    given = _parse(argv)
+    torch.set_num_threads(given.threads)
+    keep_memory()
+    hardware = calibration.load(given.threads)
+    if isinstance(hardware, str):
+        raise SystemExit(hardware)
+    path = RESULTS / f"{given.output}.json"
+    known = json.loads(path.read_text()) if given.append and path.exists() else {}
+    sites, steps = known.get("sites", []), known.get("steps", [])
+    for name in given.models:
+        for dtype in given.dtypes:
+            case = Case(name, dtype, FORMATS[0])
+            if "sites" in given.parts:
+                rows = site_rows(case, given.threads, given.methods)
+                sites = _merged(sites, rows)
+            for form in given.formats if "steps" in given.parts else ():
+                row = step_row(Case(name, dtype, form), given.threads)
+                steps = _merged(steps, [row])
+    record = {"summary": summary(sites, steps), "sites": sites, "steps": steps}
+    console = Console()
+    console.print(_table(record["summary"]))
+    for step in steps:
+        console.print(step)
+    console.print(f"written to {write_results(given.output, record)}")
+
+
+def site_rows(case: Case, threads: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return predicted and measured seconds of a model's products, exact and by methods."""
+    analysis = analyse(case)
+    prices, rows = _prices(analysis, threads), []
+    for site in {prices.identity(site): site for site in analysis.sites}.values():
+        known = trial.bound(site, analysis.hints)
+        given = trial.operands(known)
+        for name in ("exact", *names):
+            method = None if name == "exact" else graphpass.methods()[name]
+            params = method.params() if method else None
+            if method is None:
+                predicted, run = prices.exact(site), trial.exact(known, given)
+            elif site.gradient in method.gradients and method.reject(site, params) is None:
+                predicted = prices.approximate(site, method, params)
+                run = trial.approximate(known, method, params, given)
+            else:
+                continue
+            rows.append(
+                {
+                    "model": case.name, "dtype": case.dtype, "site": site.id, "method": name,
+                    "op": site.op, "predicted_s": predicted.seconds,
+                    "measured_s": best_s(run, _SITE_S),
+                    "doubtful": prices.doubtful(site, method, params),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def step_row(case: Case, threads: int) -> dict[str, Any]:
+    """Return predicted and measured seconds of an exact training step."""
+    analysis = analyse(case)
+    prices = _prices(analysis, threads)
+    products = sum(prices.exact(site).seconds for site in analysis.sites)
+    rest = prices.rest().seconds
+    torch._dynamo.reset()
+    model, images = case.model(), case.images()
+    labels = torch.randint(0, 10, (len(images),))
+    compiled = torch.compile(model)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with case.autocast():
+            loss = F.cross_entropy(compiled(images), labels)
+        loss.backward()
+
+    step()
+    return {
+        "model": case.name, "dtype": case.dtype, "format": case.format,
+        "batch": len(images), "products_s": products, "rest_s": rest,
+        "predicted_s": products + rest, "measured_s": best_s(step, _STEP_S),
+    }  # fmt: skip
+
+
+def analyse(case: Case) -> Analysis:
+    """Return what the training graph of a model holds."""
+    with case.autocast():
+        (analysis,) = dry_run.analyses(case.model(), case.images())
+    return analysis
+
+
+def summary(sites: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how good the predictions are: for each method and type, and for steps."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sites:
+        kind = "exact" if row["method"] == "exact" else "methods"
+        groups.setdefault(f"sites, {kind}", []).append(row)
+        groups.setdefault(f"sites, {row['method']}, {row['dtype']}", []).append(row)
+        if kind == "exact":
+            groups.setdefault(f"sites of {row['model']}, {row['dtype']}", []).append(row)
+    if steps:
+        groups["steps"] = steps
+    return [{"of": name, **_quality(rows)} for name, rows in sorted(groups.items())]
+
+
+def _quality(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    predicted = [row["predicted_s"] for row in rows]
+    measured = [row["measured_s"] for row in rows]
+    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    return {
+        "number": len(rows),
+        "median_error": statistics.median(errors),
+        "largest_error": max(errors),
+        "median_ratio": statistics.median(
+            p / m for p, m in zip(predicted, measured, strict=True)
+        ),
+        "rank_correlation": float(spearmanr(predicted, measured)[0]) if len(rows) > 2 else None,
+    }  # fmt: skip
+
+
+def _prices(analysis: Analysis, threads: int) -> HardwarePricing:
+    prices = pricing.of(analysis, threads)
+    # What was timed before is not to be predicted from itself.
+    prices.measured.clear()
+    return prices
+
+
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all rows, those of the same thing once: with the faster of both measurements."""
+    rows = {_key(row): row for row in old}
+    for row in new:
+        before = rows.get(_key(row), row)
+        rows[_key(row)] = {**row, "measured_s": min(row["measured_s"], before["measured_s"])}
+    return list(rows.values())
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("model", "dtype", "format", "site", "method"))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="predicted against measured seconds")
+    for column in ("of", "number", "median error", "largest", "predicted / measured", "rank"):
+        table.add_column(column, justify="left" if column == "of" else "right")
+    for row in rows:
+        rank = row["rank_correlation"]
+        table.add_row(
+            row["of"], str(row["number"]), f"{row['median_error']:.1%}",
+            f"{row['largest_error']:.1%}", f"{row['median_ratio']:.2f}",
+            "" if rank is None else f"{rank:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--methods", nargs="*", default=[], choices=list(graphpass.methods()))
+    parser.add_argument("--parts", nargs="+", default=["sites", "steps"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="keep what the file holds; of two measurements, the faster",
+    )
+    parser.add_argument("--output", default="predicted", help="name of the results file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""One product run alone, on made-up operands: what calibration and measuring a site have in common.
+
+Operands are what training shows: activations behind a ReLU, gradients of very different channels;
+images are channels_last, as Inductor has them on a CPU whatever the model's format is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cost_model import Shape
+from graphpass.method import Method, salt_of
+from graphpass.site import Gradient, Site
+
+aten = torch.ops.aten
+Run = Callable[[], object]
+
+_IMAGE_RANK = 4
+# A number that no size of a tensor divides.
+_POOL = 1_000_003
+
+
+def bound(site: Site, hints: Mapping[str, int]) -> Site:
+    """Return a site with the value of every symbolic size in its place.
+
+    Raises:
+        KeyError: if a symbol has no value.
+    """
+
+    def known(shape: Shape) -> Shape:
+        return tuple(
+            int(dim.xreplace({s: sympy.Integer(hints[str(s)]) for s in dim.free_symbols}))
+            if isinstance(dim, sympy.Expr)
+            else dim
+            for dim in shape
+        )
+
+    return replace(site, shapes=tuple(map(known, site.shapes)), output=known(site.output))
+
+
+def operands(site: Site) -> dict[str, Tensor]:
+    """Return operands by the names that methods use: of a convolution, those of all its products.
+
+    Args:
+        site: a product whose sizes are all known.
+    """
+    dtype = getattr(torch, site.dtype)
+    if site.conv is not None:
+        x, weight, grad = (_random(shape) for shape in site.shapes)
+        made = {"input": x.relu(), "weight": weight, "grad": grad * _scales(grad)}
+        return {name: _laid_out(tensor.to(dtype)) for name, tensor in made.items()}
+    if len(site.shapes) != 2:
+        return {
+            name: _random(shape).to(dtype)
+            for name, shape in zip(("query", "key", "value"), site.shapes, strict=True)
+        }
+    left, right = (_random(shape).to(dtype) for shape in site.shapes)
+    # A layer holds x and the gradient as [rows, channels], and its weight as [out, in].
+    if site.gradient is Gradient.WEIGHT:
+        left = left.mT.contiguous().mT
+    elif site.gradient is Gradient.FORWARD:
+        right = right.mT.contiguous().mT
+    return {"left": left, "right": right}
+
+
+def exact(site: Site, given: Mapping[str, Tensor]) -> Run:
+    """Return what computes a product as Inductor has it computed: by the vendor's kernel.
+
+    Args:
+        site: the product.
+        given: its operands.
+    """
+    if site.op == "attention":
+        return _attention(site, *given.values())
+    if site.conv is None:
+        left, right = given.values()
+        return lambda: torch.matmul(left, right)
+    conv, grad, x, weight = site.conv, given["grad"], given["input"], given["weight"]
+    geometry = (
+        conv.stride, conv.padding, conv.dilation, conv.transposed, conv.output_padding, conv.groups
+    )  # fmt: skip
+    if site.gradient is Gradient.FORWARD:
+        return lambda: aten.convolution(x, weight, None, *geometry)
+    mask = [site.gradient is Gradient.INPUT, site.gradient is Gradient.WEIGHT, False]
+    return lambda: aten.convolution_backward(grad, x, weight, None, *geometry, mask)
+
+
+def approximate(site: Site, method: Method, params: Any, given: Mapping[str, Tensor]) -> Run:
+    """Return what computes a product by a method, compiled as it is in a step."""
+    template, names = template_of(site), method.operands(site, params)
+    seed, values = torch.zeros((), dtype=torch.int64), [given[name] for name in names]
+
+    def lowered(seed: Tensor, *values: Tensor) -> tuple[Tensor]:
+        return (method.lower(site, params, template, seed, salt_of(site), *values),)
+
+    with torch.no_grad():
+        # Traced as it is in a training step: Dynamo would break it into many small graphs.
+        traced = make_fx(lowered)(seed, *values)
+        compiled: Any = compile_fx(traced, [seed, *values])
+
+    def run() -> object:
+        with torch.no_grad():
+            return compiled(seed, *values)
+
+    return run
+
+
+def template_of(site: Site) -> Tensor:
+    """Return a tensor of the result's shape and layout, without values."""
+    return _laid_out(torch.empty(_ints(site.output), dtype=getattr(torch, site.dtype)))
+
+
+def _attention(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Run:
+    attend = aten._scaled_dot_product_flash_attention_for_cpu
+    if site.gradient is Gradient.FORWARD:
+        return lambda: attend(query, key, value)
+    out, statistics = attend(query, key, value)
+    return lambda: aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        out, query, key, value, out, statistics, 0.0, False
+    )
+
+
+def _random(shape: Shape) -> Tensor:
+    """Return normal values; they recur, as drawing them takes longer than most products."""
+    count = math.prod(_ints(shape))
+    pool = _pool()
+    return pool.expand(-(-count // len(pool)), -1).reshape(-1)[:count].view(_ints(shape))
+
+
+@cache
+def _pool() -> Tensor:
+    # It outlives the mode that operands may be made in, to compile for them.
+    with unset_fake_temporarily():
+        return torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
+
+
+def _scales(grad: Tensor) -> Tensor:
+    return torch.rand(1, grad.shape[1], *[1] * (grad.dim() - 2))
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    if tensor.dim() == _IMAGE_RANK:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def _ints(shape: Shape) -> list[int]:
+    return [int(dim) for dim in shape]
