@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch.fx import Graph, GraphModule, Node
 
 from graphpass import fingerprint, joint_graph
+from graphpass.dependence import Flow, flow_of
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -28,6 +29,7 @@ class Analysis:
         hints: value of each symbolic size in the example inputs.
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
+        flow: which gradient enters which product; see `graphpass.dependence`.
         remembered: whether it was read from disk.
         nested: whether nothing was looked at, as the graph has regions that are compiled apart.
     """
@@ -36,6 +38,7 @@ class Analysis:
     hints: dict[str, int] = field(default_factory=dict)
     saved_bytes: int = 0
     variants: dict[str, int] = field(default_factory=dict)
+    flow: Flow = ()
     nested: bool = False
     remembered: bool = False
 
@@ -83,10 +86,12 @@ class _SiteRecorder(CustomGraphPass):
         self.path_of = path_of
         self.sites: tuple[Site, ...] = ()
         self.hints: dict[str, int] = {}
+        self.flow: Flow = ()
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
+        self.flow = flow_of(graph, self.sites)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
@@ -173,7 +178,8 @@ def analyse(
         compile_copy({**patches, **ours})
     except _Captured:
         assert partitioner.count is not None
-        return Analysis(recorder.sites, recorder.hints, partitioner.count)
+        saved_bytes = partitioner.count
+        return Analysis(recorder.sites, recorder.hints, saved_bytes, flow=recorder.flow)
     return None
 
 
