@@ -110,8 +110,5 @@ def _contracted(flow: "networkx.DiGraph[Hashable]") -> "networkx.DiGraph[Hashabl
 def _numbered(flow: "networkx.DiGraph[Hashable]", graph: Graph, sites: int) -> Flow:
     kept = [node.name for node in graph.nodes if node.name in flow]
     numbers = {name: number for number, name in enumerate(kept, start=sites)}
-    edges = (
-        (numbers.get(tail, tail), numbers.get(head, head))
-        for tail, head in flow.edges
-    )
+    edges = ((numbers.get(tail, tail), numbers.get(head, head)) for tail, head in flow.edges)
     return tuple(sorted(edges))
