@@ -115,7 +115,7 @@ def all_exact(plan: Plan, reason: str) -> Plan:
         else replace(decision, method=None, params={}, reason=reason)
         for decision in plan.decisions
     )
-    return replace(plan, decisions=decisions)
+    return replace(plan, decisions=decisions, prediction=None)
 
 
 def _rules(options: Options) -> list[_Rule]:

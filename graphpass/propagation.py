@@ -66,7 +66,13 @@ class Propagation:
         return _ratio(self.variance, self.square)
 
     def effect(self, site: Site, local: LocalNoise) -> Effect | None:
-        """Return what an approximation adds; None where figures are not finite."""
+        """Return what an approximation adds; None where that cannot be told.
+
+        That is where a figure is not finite, and where the gradient has no noise to compare with:
+        every weight gradient is zero, or none is computed.
+        """
+        if not self.variance > 0:
+            return None
         if site.gradient is Gradient.WEIGHT:
             noise, bias = local.noise, local.bias
         else:

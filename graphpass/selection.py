@@ -1,25 +1,19 @@
 """Spend a budget: choose for every site one of its candidates, or that it stays exact."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
-from graphpass.budget import AccuracyDrop, Budget, Speedup
+from graphpass.budget import Budget
 from graphpass.candidates import Candidate, Menu, layers_of, seconds_of
-from graphpass.errors import ConfigError, Reason, Rejected
-from graphpass.frontier import Choice, Point, fastest, frontier, point_of, quietest
+from graphpass.errors import Reason, Rejected
+from graphpass.frontier import Choice, Point, frontier, point_of
+from graphpass.spending import LEAST_GAIN, Spending
 
-# The least predicted gain for which "auto" approximates anything: below it, predictions are no
-# better than a guess.
-LEAST_GAIN = 0.02
 # Combinations of one layer's candidates that are looked at before candidates are dropped.
 _COMBINATIONS = 600
-# What a unit of bias is worth, in parts of all there is to gain: the prices that are tried.
-_BIAS_PRICES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _MICRO = 1e6
-
-Layers = list[list[Choice]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ def select(
     members = layers_of(menus)
     layers = [_choices([menus[i] for i in numbers]) for numbers in members]
     corners, exact = frontier(layers), point_of(layers, [0] * len(layers))
-    chosen = _Spending(layers, max_bias, rest_s, noise_ratio).spend(budget)
+    chosen = Spending(layers, max_bias, rest_s, noise_ratio).spend(budget)
     points = corners.points if corners.points[0] == exact else (exact, *corners.points)
     picks: list[Candidate | None] = [None] * len(menus)
     for numbers, layer, number in zip(members, layers, chosen.selection, strict=True):
@@ -73,122 +67,6 @@ def select(
             if picks[i] is None:
                 reasons[i] = _reason(menus[i], savings, chosen.small_gain)
     return Selection(tuple(picks), tuple(reasons), tuple(others), points)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A selection, and what the best plan would have gained where that is too little."""
-
-    selection: tuple[int, ...]
-    small_gain: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Spending:
-    """The layers of a graph, and what limits the choice among their choices."""
-
-    layers: Layers
-    max_bias: float
-    rest_s: float
-    noise_ratio: float
-
-    def spend(self, budget: Budget) -> _Chosen:
-        if isinstance(budget, Speedup):
-            return _Chosen(self._quietest(budget))
-        if isinstance(budget, AccuracyDrop):
-            return _Chosen(self._fastest(budget.tau))
-        if isinstance(budget, str):
-            return self._auto()
-        return _Chosen(self._fastest(budget))
-
-    def _fastest(self, tau: float) -> tuple[int, ...]:
-        def solve(layers: Layers) -> tuple[int, ...] | None:
-            solution = fastest(layers, tau)
-            return None if solution is None else solution.selection
-
-        return self._least(solve, lambda point: point.seconds) or self._exact
-
-    def _quietest(self, budget: Speedup) -> tuple[int, ...]:
-        exact_s = point_of(self.layers, self._exact).seconds + self.rest_s
-
-        def solve(layers: Layers) -> tuple[int, ...] | None:
-            solution = quietest(layers, exact_s / budget.factor - self.rest_s)
-            return None if solution is None else solution.selection
-
-        selection = self._least(solve, lambda point: point.tau, priced="tau")
-        if selection is not None:
-            return selection
-        best = point_of(self.layers, self._fastest(math.inf))
-        possible = exact_s / (best.seconds + self.rest_s) if exact_s > 0 else 1.0
-        raise ConfigError(
-            f"budget=Speedup({budget.factor:g}): the best that is possible here is predicted to be "
-            # Rounded down: it is to be possible.
-            f"Speedup({math.floor(possible * 100) / 100:g}), at noise tau = {best.tau:.3g}; "
-            "ask for less, or let the planner use more methods"
-        )
-
-    def _auto(self) -> _Chosen:
-        growth = self.noise_ratio / (1 + self.noise_ratio) if self.noise_ratio < math.inf else 1.0
-
-        def cost(point: Point) -> float:
-            return (self.rest_s + point.seconds) * (1 + growth * point.tau)
-
-        def solve(layers: Layers) -> tuple[int, ...]:
-            corners = frontier(layers)
-            costs = [cost(point) for point in corners.points]
-            return corners.selection(costs.index(min(costs)))
-
-        exact = cost(point_of(self.layers, self._exact))
-        selection = self._least(solve, cost) or self._exact
-        gain = 1 - cost(point_of(self.layers, selection)) / exact if exact > 0 else 0.0
-        return _Chosen(self._exact, gain) if gain < LEAST_GAIN else _Chosen(selection)
-
-    @property
-    def _exact(self) -> tuple[int, ...]:
-        return (0,) * len(self.layers)
-
-    def _least(
-        self,
-        solve: Callable[[Layers], tuple[int, ...] | None],
-        cost: Callable[[Point], float],
-        priced: str = "seconds",
-    ) -> tuple[int, ...] | None:
-        """Return the least costly selection within the limit of the bias.
-
-        Bias is a second limit, and only the first is solved for exactly: bias is given one price
-        after the other instead, in the quantity that is to be least, and the best selection that
-        keeps the limit is taken. Where bias does not matter that is the optimum.
-        """
-        best, least = None, math.inf
-        for layers in self._priced(priced):
-            selection = solve(layers)
-            if selection is None:
-                continue
-            point = point_of(self.layers, selection)
-            if point.bias <= self.max_bias and cost(point) < least:
-                best, least = selection, cost(point)
-            if layers is self.layers and best is not None:
-                break
-        return best
-
-    def _priced(self, quantity: str) -> Iterator[Layers]:
-        yield self.layers
-        if self.max_bias > 0:
-            whole = sum(getattr(layer[0], quantity) for layer in self.layers) or 1.0
-            for price in _BIAS_PRICES:
-                rate = price * whole / self.max_bias
-                yield [[_dearer(choice, quantity, rate) for choice in c] for c in self.layers]
-        unbiased = [[i for i, c in enumerate(layer) if not c.bias] for layer in self.layers]
-        # Positions must stay what they are: a choice with bias becomes that of staying exact.
-        yield [
-            [choice if i in free else layer[0] for i, choice in enumerate(layer)]
-            for layer, free in zip(self.layers, map(set, unbiased), strict=True)
-        ]
-
-
-def _dearer(choice: Choice, quantity: str, rate: float) -> Choice:
-    raised = getattr(choice, quantity) + rate * choice.bias
-    return replace(choice, **{quantity: raised}) if choice.bias else choice
 
 
 def _choices(menus: Sequence[Menu]) -> list[Choice]:
@@ -275,7 +153,9 @@ def _reason(menu: Menu, savings: Sequence[float], small_gain: float | None) -> R
     if menu.obstacle is not None:
         return menu.obstacle
     if not menu.candidates:
-        return Rejected(Reason.NO_CANDIDATE, "; ".join(f"{t}: {r}" for t, r in menu.refused[:2]))
+        # That a method is biased says less than why an unbiased one does not fit.
+        told = sorted(menu.refused, key=lambda pair: pair[1].reason is Reason.BIASED)
+        return Rejected(Reason.NO_CANDIDATE, "; ".join(f"{text}: {why}" for text, why in told[:2]))
     saved, best = max(zip(savings, menu.candidates, strict=True), key=lambda pair: pair[0])
     if saved <= 0:
         return Rejected(Reason.NO_GAIN, f"{best} would {_change(saved)}")

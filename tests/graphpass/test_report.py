@@ -81,7 +81,9 @@ def test_html_is_one_whole_page(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     report.to_html(path)
     page = path.read_text()
-    assert page.count("<tr") == 1 + len(report.rows)
+    products, _, predicted = page.partition('<table class="predicted">')
+    assert products.count("<tr") == 1 + len(report.rows)
+    assert predicted.count("<tr") == 1 + len(report.approximated)
     assert page.count('class="approximated"') == len(report.approximated)
     assert "conv2" in page
     assert "</html>" in page
