@@ -11,6 +11,7 @@ from graphpass.plan import Decision, Plan
 from graphpass.report import Report, Row, reports
 from graphpass.schedule import Schedule
 from graphpass.session import Session, session
+from graphpass.tune import Tuned, tune
 
 __all__ = [
     "AccuracyDrop",
@@ -24,8 +25,10 @@ __all__ = [
     "Schedule",
     "Session",
     "Speedup",
+    "Tuned",
     "methods",
     "plan",
     "reports",
     "session",
+    "tune",
 ]

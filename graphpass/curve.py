@@ -53,37 +53,57 @@ class Curve:
         return min(self.largest_tau, limit)
 
 
-def fit(taus: Sequence[float], accuracies: Sequence[float], saturation: float) -> Curve:
+def fit(
+    taus: Sequence[float],
+    accuracies: Sequence[float],
+    saturation: float,
+    rounds: Sequence[int] | None = None,
+) -> Curve:
     """Return the curve of least squared error.
 
     Args:
-        taus: noise of each run; at least one must differ from another.
+        taus: noise of each run; two runs of one round must differ.
         accuracies: accuracy of each run, in points.
         saturation: r / (1 + r).
+        rounds: round of each run: those of one are equally long. All rounds share the slope, and
+            the accuracy of exact training is that of the last.
 
     Raises:
         ConfigError: if all runs had the same noise, or a figure is not finite.
     """
     if not all(map(math.isfinite, (*taus, *accuracies))):
         raise ConfigError(f"accuracies must be finite numbers; got {list(accuracies)}")
-    x = [math.log1p(saturation * tau) for tau in taus]
-    mean_x, mean_y = sum(x) / len(x), sum(accuracies) / len(x)
-    spread = sum((value - mean_x) ** 2 for value in x)
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for number, tau, accuracy in zip(rounds or [0] * len(taus), taus, accuracies, strict=True):
+        groups.setdefault(number, []).append((math.log1p(saturation * tau), accuracy))
+    means = {number: _mean(points) for number, points in groups.items()}
+    centred = [
+        (x - means[number][0], y - means[number][1])
+        for number, points in groups.items()
+        for x, y in points
+    ]
+    spread = math.fsum(x * x for x, _ in centred)
     if spread <= 0:
         raise ConfigError(
-            f"a curve needs runs with different noise; all of {len(x)} have tau {taus[0]:.4g}"
+            f"a curve needs runs of different noise; {len(taus)} had tau {sorted(set(taus))}"
         )
-    product = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, accuracies, strict=True))
-    slope = -product / spread
-    exact = mean_y + slope * mean_x
-    left = sum((b - exact + slope * a) ** 2 for a, b in zip(x, accuracies, strict=True))
-    error = _slope_error(left, spread, len(x))
+    slope = -math.fsum(x * y for x, y in centred) / spread
+    residual = math.fsum((y + slope * x) ** 2 for x, y in centred)
+    error = _slope_error(residual, spread, len(centred) - len(groups) - 1)
     # More noise cannot help: a curve that rises is one that could not be told from a flat one.
-    return Curve(exact, max(slope, 0.0), error, saturation, max(taus))
+    slope = max(slope, 0.0)
+    x, y = means[max(means)]
+    return Curve(y + slope * x, slope, error, saturation, max(taus))
 
 
-def _slope_error(residual: float, spread: float, count: int) -> float:
-    freedom = count - 2
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return (
+        math.fsum(x for x, _ in points) / len(points),
+        math.fsum(y for _, y in points) / len(points),
+    )
+
+
+def _slope_error(residual: float, spread: float, freedom: int) -> float:
     if freedom < 1:
         return math.inf
     factor = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _NORMAL

@@ -55,6 +55,17 @@ def test_a_rising_curve_is_taken_for_a_flat_one() -> None:
     assert fit([0.0, 1.0, 2.0], [80.0, 81.0, 82.0], 0.5).slope == 0
 
 
+def test_rounds_of_other_lengths_share_the_slope() -> None:
+    truth = Curve(0.0, slope=3.0, slope_error=0.0, saturation=0.8, largest_tau=1.0)
+    taus, rounds = [0.0, 0.3, 1.0, 0.0, 0.3], [0, 0, 0, 1, 1]
+    levels = {0: 60.0, 1: 80.0}
+    found = fit(
+        taus, [levels[n] - truth.drop(t) for n, t in zip(rounds, taus, strict=True)], 0.8, rounds
+    )
+    assert found.slope == pytest.approx(3.0) and found.exact == pytest.approx(80.0)
+    assert found.slope_error == pytest.approx(0.0, abs=1e-9)
+
+
 def test_the_interval_covers_the_slope_in_about_95_of_100_cases() -> None:
     import random
 
@@ -71,7 +82,7 @@ def test_the_interval_covers_the_slope_in_about_95_of_100_cases() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fit([0.1, 0.1], [1.0, 2.0], 0.5), "all of 2 have tau 0.1"),
+        (lambda: fit([0.1, 0.1], [1.0, 2.0], 0.5), "runs of different noise; 2 had tau"),
         (lambda: fit([0.1, 0.2], [1.0, math.nan], 0.5), "finite numbers"),
     ],
 )
