@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment
 
 from graphpass import outlook
+from graphpass.parameters import short_text
 from graphpass.render import method_text, totals
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def report_html(report: Report) -> str:
     page = Environment(autoescape=True).from_string(_PAGE)
     more: dict[str, object] = {}
     if report.prediction is not None:
-        methods = {row.site: method_text(row.method, row.params) for row in report.approximated}
+        methods = {row.site: short_text(row.method, row.params) for row in report.approximated}
         columns, sites = outlook.site_table(report.prediction, methods)
         summary = outlook.summary(report.prediction, report.measured)
         frontier = outlook.frontier_svg(report.prediction)

@@ -84,12 +84,15 @@ def frontier_text(prediction: Prediction) -> str:
     if len(points) < 2:
         return ""
     longest = max(point.seconds for point in points)
-    chosen = _nearest(prediction)
     lines = ["frontier of noise against the predicted time of a step:"]
-    for number, point in enumerate(points):
-        bar = "#" * round(_BAR * point.seconds / longest)
-        mark = "  <- this plan" if number == chosen else ""
-        lines.append(f"  tau {point.tau:<9.3g} {_ms(point.seconds):>12}  {bar}{mark}")
+    entries = [(point.seconds, point.tau, "") for point in points]
+    if prediction.tau is not None:
+        same = [entry for entry in entries if math.isclose(entry[0], prediction.step_s)]
+        entries = [entry for entry in entries if entry not in same]
+        entries.append((prediction.step_s, prediction.tau, "  <- this plan"))
+    for step_s, tau, mark in sorted(entries, reverse=True):
+        bar = "#" * round(_BAR * step_s / longest)
+        lines.append(f"  tau {tau:<9.3g} {_ms(step_s):>12}  {bar}{mark}")
     return "\n".join(lines)
 
 
@@ -141,12 +144,6 @@ def _figures(sites: Sequence[SitePrediction]) -> list[tuple[str, list[str]]]:
         biases = [noise(s.bias, s.noise_source, measured) for s in sites]
         columns += [(f"tau, {word}", taus), (f"bias, {word}", biases)]
     return columns
-
-
-def _nearest(prediction: Prediction) -> int:
-    """Return the corner next to the plan: most plans lie on one, or just beside it."""
-    points, step_s = prediction.frontier, prediction.step_s
-    return min(range(len(points)), key=lambda i: abs(points[i].seconds - step_s))
 
 
 def _sources(prediction: Prediction) -> str:

@@ -1,10 +1,11 @@
 """How a candidate, a method with its parameters at a site, is named."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from graphpass.method import Method
+from graphpass.method import Method, methods
 from graphpass.noise import Key
 from graphpass.site import Site
 
@@ -16,7 +17,12 @@ def key_of(site: Site, method: Method, params: Any) -> Key:
 
 def text_of(method: Method, params: Any) -> str:
     """Return a candidate as `pixels(keep=0.25)`: what differs from the defaults."""
-    default = asdict(method.params())
-    given = {name: value for name, value in asdict(params).items() if value != default[name]}
-    inner = ", ".join(f"{name}={value}" for name, value in given.items())
-    return f"{method.name}({inner})" if inner else method.name
+    return short_text(method.name, asdict(params))
+
+
+def short_text(name: str, params: Mapping[str, Any]) -> str:
+    """Return the same by the method's name; of an unknown method, all parameters."""
+    method = methods().get(name)
+    default = {} if method is None else asdict(method.params())
+    given = [f"{k}={v}" for k, v in params.items() if k not in default or v != default[k]]
+    return f"{name}({', '.join(given)})" if given else name

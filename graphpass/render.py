@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpass import outlook
+from graphpass.parameters import short_text
 
 if TYPE_CHECKING:
     from graphpass.outlook import Measured
@@ -35,7 +36,7 @@ def plan_table(plan: Plan) -> str:
     head = (
         f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
     )
-    methods = {d.site: method_text(d.method, d.params) for d in plan.approximated if d.method}
+    methods = {d.site: short_text(d.method, d.params) for d in plan.approximated if d.method}
     return "\n".join([head, _text(table), *prediction_parts(plan.prediction, methods, None)])
 
 
@@ -62,7 +63,7 @@ def report_table(report: Report) -> str:
             f"{row.exact_bytes / 1e6:.2f}",
             f"{row.planned_bytes / 1e6:.2f}",
         )
-    methods = {row.site: method_text(row.method, row.params) for row in report.approximated}
+    methods = {row.site: short_text(row.method, row.params) for row in report.approximated}
     parts = [
         _text(table),
         *totals(report),
