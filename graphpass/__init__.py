@@ -2,6 +2,7 @@
 
 # Loaded before the function `methods` takes the name: importing a folder binds it in its parent.
 import graphpass.methods  # noqa: F401
+from graphpass.budget import AccuracyDrop, Speedup
 from graphpass.dry_run import plan
 from graphpass.errors import ApproxError, ConfigError
 from graphpass.method import methods
@@ -10,8 +11,10 @@ from graphpass.plan import Decision, Plan
 from graphpass.report import Report, Row, reports
 from graphpass.schedule import Schedule
 from graphpass.session import Session, session
+from graphpass.tune import Tuned, tune
 
 __all__ = [
+    "AccuracyDrop",
     "ApproxError",
     "ConfigError",
     "Decision",
@@ -21,8 +24,11 @@ __all__ = [
     "Row",
     "Schedule",
     "Session",
+    "Speedup",
+    "Tuned",
     "methods",
     "plan",
     "reports",
     "session",
+    "tune",
 ]

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch.fx import Graph, GraphModule, Node
 
 from graphpass import fingerprint, joint_graph, traffic
+from graphpass.dependence import Flow, flow_of
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -28,6 +29,7 @@ class Analysis:
         hints: value of each symbolic size in the example inputs.
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
+        flow: which gradient enters which product; see `graphpass.dependence`.
         remembered: whether it was read from disk.
         rest_bytes: bytes read and written by each kernel of a step that computes no product, for
             the sizes of the example inputs.
@@ -39,6 +41,7 @@ class Analysis:
     hints: dict[str, int] = field(default_factory=dict)
     saved_bytes: int = 0
     variants: dict[str, int] = field(default_factory=dict)
+    flow: Flow = ()
     nested: bool = False
     remembered: bool = False
     rest_bytes: tuple[int, ...] = ()
@@ -90,12 +93,14 @@ class _SiteRecorder(CustomGraphPass):
         self.hints: dict[str, int] = {}
         self.rest_bytes: tuple[int, ...] = ()
         self.device = "cpu"
+        self.flow: Flow = ()
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
         self.rest_bytes = traffic.kernel_bytes(graph)
         self.device = _device(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
+        self.flow = flow_of(graph, self.sites)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
@@ -188,6 +193,7 @@ def analyse(
             partitioner.count,
             rest_bytes=recorder.rest_bytes,
             device=recorder.device,
+            flow=recorder.flow,
         )
     return None
 

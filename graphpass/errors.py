@@ -26,7 +26,12 @@ class Reason(StrEnum):
 
     NOT_NAMED = "not named by `methods`"
     BUDGET_ZERO = "the budget is 0"
-    NO_PLANNER = "no method was named, and this version does not choose by itself"
+    BIASED = "biased, and `max_bias` is 0"
+    NOISE_UNKNOWN = "its noise is not known before it is measured"
+    NO_CANDIDATE = "planner: no method can be used"
+    NO_GAIN = "planner: nothing saves time"
+    NOISE_TOO_DEAR = "planner: noise too dear"
+    SMALL_GAIN = "planner: too little to gain in all"
     NOT_THIS_GRADIENT = "the method does not approximate this product"
     NOT_IN_GRADIENTS = "`gradients` leaves this product out"
     FORWARD = "forward products stay exact unless a method is named for them"

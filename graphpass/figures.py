@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 
+from graphpass import outlook
+from graphpass.parameters import short_text
 from graphpass.render import method_text, totals
 
 if TYPE_CHECKING:
@@ -49,6 +51,24 @@ tr.approximated { background: #e3f1fb; }
 </tr>
 {% endfor %}
 </table>
+{% if report.prediction %}
+<h2>What is predicted</h2>
+<ul>{% for line in summary %}<li>{{ line }}</li>{% endfor %}</ul>
+{# Drawn by us from numbers: nothing in it is to be escaped. #}{{ frontier | safe }}
+{% if sites %}
+<table class="predicted">
+<tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for cells in sites %}<tr>{% for cell in cells %}
+<td{% if loop.index > 2 %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endif %}
+<h2>What else was considered</h2>
+{% for row in report.rows if row.prediction and row.prediction.others %}
+<details><summary>{{ row.site }}: {{ row.method }}</summary>
+<ul>{% for text in row.prediction.others %}<li>{{ text }}</li>{% endfor %}</ul></details>
+{% endfor %}
+{% endif %}
 </body>
 </html>
 """
@@ -57,7 +77,14 @@ tr.approximated { background: #e3f1fb; }
 def report_html(report: Report) -> str:
     """Return a report as one HTML page that needs nothing else."""
     page = Environment(autoescape=True).from_string(_PAGE)
-    return page.render(report=report, totals=totals(report), method_text=method_text)
+    more: dict[str, object] = {}
+    if report.prediction is not None:
+        methods = {row.site: short_text(row.method, row.params) for row in report.approximated}
+        columns, sites = outlook.site_table(report.prediction, methods)
+        summary = outlook.summary(report.prediction, report.measured)
+        frontier = outlook.frontier_svg(report.prediction)
+        more = {"columns": columns, "sites": sites, "summary": summary, "frontier": frontier}
+    return page.render(report=report, totals=totals(report), method_text=method_text, **more)
 
 
 def report_dot(report: Report) -> str:

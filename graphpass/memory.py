@@ -15,6 +15,9 @@ from graphpass.capture import Analysis
 from graphpass.errors import Reason
 from graphpass.site import ConvGeometry, Gradient, Site
 
+# Files of another format are looked at anew.
+_VERSION = 2
+
 log = logging.getLogger(__name__)
 
 # What reading a file that holds something else, or a part of what was written, may raise.
@@ -28,12 +31,15 @@ def load(key: str) -> Analysis | None:
     path = _path(key)
     try:
         record = json.loads(path.read_text())
+        if record["version"] != _VERSION:
+            return None
         sites = tuple(_site_from(entry) for entry in record["sites"])
         return Analysis(
             sites,
             dict(record["hints"]),
             int(record["saved_bytes"]),
             dict(record["variants"]),
+            flow=tuple((int(tail), int(head)) for tail, head in record["flow"]),
             remembered=True,
             rest_bytes=tuple(map(int, record["rest_bytes"])),
             device=str(record["device"]),
@@ -47,7 +53,7 @@ def load(key: str) -> Analysis | None:
 
 def store(key: str, analysis: Analysis) -> None:
     """Remember an analysis; a cache that cannot be written is no reason to fail."""
-    record = asdict(analysis)
+    record = {"version": _VERSION, **asdict(analysis)}
     try:
         write_atomically(_path(key), json.dumps(record, default=str))
     except OSError as error:

@@ -12,9 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cost_model import Hardware
+from graphpass import outlook
+from graphpass.parameters import short_text
 
 if TYPE_CHECKING:
+    from graphpass.outlook import Measured
     from graphpass.plan import Plan
+    from graphpass.prediction import Prediction
     from graphpass.report import Report
 
 _WIDTH = 132
@@ -33,7 +37,8 @@ def plan_table(plan: Plan) -> str:
     head = (
         f"{count} of {len(plan.decisions)} products approximated, schedule {plan.schedule.name!r}"
     )
-    return f"{head}\n{_text(table)}"
+    methods = {d.site: short_text(d.method, d.params) for d in plan.approximated if d.method}
+    return "\n".join([head, _text(table), *prediction_parts(plan.prediction, methods, None)])
 
 
 def report_table(report: Report) -> str:
@@ -59,10 +64,41 @@ def report_table(report: Report) -> str:
             f"{row.exact_bytes / 1e6:.2f}",
             f"{row.planned_bytes / 1e6:.2f}",
         )
-    parts = [_text(table), *totals(report)]
+    methods = {row.site: short_text(row.method, row.params) for row in report.approximated}
+    parts = [
+        _text(table),
+        *totals(report),
+        *prediction_parts(report.prediction, methods, report.measured),
+    ]
     if report.picture:
         parts.append(f"schedule {report.schedule!r}\n{report.picture}")
     return "\n".join(parts)
+
+
+def prediction_parts(
+    prediction: Prediction | None, methods: Mapping[str, str], measured: Measured | None
+) -> list[str]:
+    """Return what is predicted as text: a table of the approximated sites, the step, the frontier.
+
+    Args:
+        prediction: what is predicted; None for nothing, of which nothing is said.
+        methods: method of each site, by its id.
+        measured: what a run showed.
+    """
+    if prediction is None:
+        return []
+    columns, rows = outlook.site_table(prediction, methods)
+    parts = outlook.summary(prediction, measured)
+    if rows:
+        table = Table(box=SIMPLE, pad_edge=False)
+        for name in columns:
+            text = name in {"product", "method"}
+            table.add_column(name, justify="left" if text else "right", overflow="fold")
+        for row in rows:
+            _add_row(table, *row)
+        parts = [_text(table), *parts]
+    figure = outlook.frontier_text(prediction)
+    return [*parts, figure] if figure else parts
 
 
 def method_text(name: str, params: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What was done to each graph, and why: the record behind every table, file and figure.
 
-Figures are FLOPs and bytes of the products, exact by formula, and the bytes kept for backward as
-Inductor's partitioner decided them. Nothing in a report is a prediction of time.
+Figures are FLOPs and bytes of the products, exact by formula, the bytes kept for backward as
+Inductor's partitioner decided them, and beside them what is predicted of time and noise. What is
+predicted and what was measured never share a field.
 """
 
 import json
@@ -16,8 +17,10 @@ from cost_model import Cost, total
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
+from graphpass.outlook import Measured
 from graphpass.plan import Plan
 from graphpass.planner import replacements
+from graphpass.prediction import Prediction, SitePrediction
 from graphpass.variants import Active, VariantLog
 
 
@@ -37,6 +40,8 @@ class Row:
         planned_flops: FLOPs of what is computed on a step that the schedule selects.
         exact_bytes: bytes read and written by the exact product.
         planned_bytes: bytes read and written on a step that the schedule selects.
+        site: name of the product in plans.
+        prediction: seconds, noise and bias that are predicted; None where nothing is.
     """
 
     where: str
@@ -50,6 +55,8 @@ class Row:
     planned_flops: int
     exact_bytes: int
     planned_bytes: int
+    site: str = ""
+    prediction: SitePrediction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class Report:
         note: why the whole graph is exact; "" otherwise.
         plain_torch: why no kernel of ours can be built here, so that methods run in plain torch;
             "" where they can.
+        prediction: what is predicted of the step as a whole; None where nothing is (budget 0).
+        measured: what the run has shown since.
     """
 
     rows: tuple[Row, ...]
@@ -79,6 +88,8 @@ class Report:
     sizes: Mapping[str, int]
     note: str = ""
     plain_torch: str = ""
+    prediction: Prediction | None = None
+    measured: Measured | None = None
 
     @property
     def approximated(self) -> tuple[Row, ...]:
@@ -87,14 +98,29 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as JSON, which `from_json` reads."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        record = asdict(self)
+        if record["prediction"] is not None:
+            # Every row has its own.
+            del record["prediction"]["sites"]
+        return json.dumps(record, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """Return the report that `to_json` wrote."""
         record = json.loads(text)
-        rows = tuple(Row(**row) for row in record.pop("rows"))
-        return cls(rows=rows, **record)
+        rows = record.pop("rows")
+        sites = {row["site"]: row["prediction"] for row in rows if row.get("prediction")}
+        prediction, measured = record.pop("prediction", None), record.pop("measured", None)
+        if prediction is not None:
+            prediction = Prediction.from_dict({**prediction, "sites": sites})
+        for row in rows:
+            row["prediction"] = prediction.sites.get(row["site"]) if prediction else None
+        return cls(
+            rows=tuple(Row(**row) for row in rows),
+            prediction=prediction,
+            measured=None if measured is None else Measured(**measured),
+            **record,
+        )
 
     def to_dot(self) -> str:
         """Return the layers and their products as a graph in Graphviz's language."""
@@ -119,12 +145,14 @@ class TrainingGraph:
         plan: what was decided.
         key: identity of the graph in the cache; "" if it is another graph's, seen by other names.
         log: its compiled variants.
+        measured: what the run has shown of the plan.
     """
 
     analysis: Analysis
     plan: Plan
     key: str
     log: VariantLog
+    measured: Measured | None = None
 
     def remember(self) -> None:
         """Write to disk what compiling the variants showed, for processes that need not compile."""
@@ -144,7 +172,7 @@ class TrainingGraph:
         """Return what is known of the graph now."""
         plan, analysis = self.plan, self.analysis
         planned = {r.site.id: r for r in replacements(plan, analysis.sites)}
-        rows = []
+        prediction, rows = plan.prediction, []
         for site, decision in zip(analysis.sites, plan.decisions, strict=True):
             exact = site.cost
             chosen = planned.get(site.id)
@@ -164,6 +192,8 @@ class TrainingGraph:
                     planned_flops=planned_flops,
                     exact_bytes=moved,
                     planned_bytes=planned_moved,
+                    site=site.id,
+                    prediction=prediction.sites.get(site.id) if prediction else None,
                 )
             )
         layers = dict.fromkeys((d.layer, d.site.rsplit(":", 1)[0]) for d in plan.approximated)
@@ -178,6 +208,8 @@ class TrainingGraph:
             sizes=dict(analysis.hints),
             note=Reason.NESTED_REGION.value if analysis.nested else "",
             plain_torch=tools if isinstance(tools := build.toolchain(), str) else "",
+            prediction=prediction,
+            measured=self.measured,
         )
 
     def _planned_saved_bytes(self) -> int | None:

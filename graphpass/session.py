@@ -53,11 +53,7 @@ class Session:
     @property
     def plan(self) -> Plan:
         """The plan of every graph compiled so far, in one."""
-        plans = list(self._plans.values())
-        if not plans:
-            return Plan()
-        decisions = tuple(decision for plan in plans for decision in plan.decisions)
-        return Plan(decisions, plans[0].schedule, plans[0].warmup_steps)
+        return Plan.joined(list(self._plans.values()))
 
     @property
     def is_exact(self) -> bool:

@@ -567,6 +567,25 @@ def _falling(value: float) -> list[Any]:
     return [value, value / 2, value / 4]
 
 
+@by_case
+def test_the_ladder_and_the_prior(case: Case) -> None:
+    method, site = get_method(case.method), outcome(case).site
+    rungs = (method.params(),) if method.ladder is None else method.ladder(site)
+    assert all(type(rung) is method.params for rung in rungs)
+    assert len(set(rungs)) == len(rungs) > 0
+    priors = {rung: None if method.prior is None else method.prior(site, rung) for rung in rungs}
+    known = {rung: prior for rung, prior in priors.items() if prior is not None}
+    for prior in known.values():
+        assert 0 <= prior.tau < math.inf and 0 <= prior.bias < math.inf
+        if method.unbiased and site.gradient is not Gradient.FORWARD:
+            assert prior.bias == 0
+    # The more is kept, the less noise.
+    for name in WORK_PARAMETERS:
+        if hasattr(rungs[0], name):
+            taus = [known[rung].tau for rung in sorted(known, key=lambda r: getattr(r, name))]
+            assert taus == sorted(taus, reverse=True)
+
+
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_unknown_parameters_are_refused(name: str) -> None:
     method = get_method(name)

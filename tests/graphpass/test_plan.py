@@ -262,7 +262,7 @@ def test_newer_and_unknown_versions(version: object) -> None:
         (b"", "this is not a plan"),
         (PLAN.to_json().encode()[:-1], "this is not a plan"),
         (PLAN.to_json().encode("utf-16"), "cannot read the plan"),
-        (b'{"version": 2}', "the plan has format 2"),
+        (b'{"version": 3}', "the plan has format 3"),
         (b'{"version": 1}', "the plan is corrupt: KeyError"),
     ],
 )

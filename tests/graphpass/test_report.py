@@ -1,6 +1,7 @@
 """Reports and plans made without training: what they say, and the forms they come in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import graphpass
 from graphpass import ConfigError, Plan, Report
 from graphpass.errors import Reason
+from graphpass.outlook import Measured, frontier_svg
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
 pytestmark = pytest.mark.usefixtures("aten_only")
@@ -72,16 +74,66 @@ def test_text_has_table_totals_and_the_schedule_as_a_figure(report: Report) -> N
     assert text.splitlines()[-1].split() == ["conv2", ".#" * 12]
 
 
+def test_predictions_have_columns_of_their_own(report: Report) -> None:
+    assert report.prediction is not None
+    row = next(row for row in report.rows if (row.where, row.gradient) == ("conv2", "weight"))
+    assert row.prediction == report.prediction.sites["conv2:weight"]
+    assert row.prediction is not None and row.prediction.approximated
+    # Nothing is known of the noise of topk before it is measured, and nothing is made up.
+    assert row.prediction.tau is None and report.prediction.inflation is None
+    text = str(report)
+    assert "us exact, predicted" in text and "us exact, measured" not in text
+    assert "step, measured: not yet exact" in text and "tau not known" in text
+    ceiling = report.prediction.ceiling_s
+    assert 0 < ceiling < report.prediction.exact_step_s - row.prediction.exact_s + 1e-9
+    measured = replace(report, measured=Measured(0.012, 0.010, 0.05, 0.0))
+    assert "step, measured: 12.000 ms exact, 10.000 ms planned" in str(measured)
+    assert "noise of the plan, measured: tau 0.05, bias 0" in str(measured)
+    assert Report.from_json(measured.to_json()) == measured
+
+
+def test_the_frontier_is_drawn(tmp_path: Path) -> None:
+    x = torch.empty(64, 3, 32, 32)
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    plan = graphpass.plan(wide, x, budget=0.5)
+    assert plan.prediction is not None and len(plan.prediction.frontier) > 2
+    assert plan.prediction.tau is not None and 0 < plan.prediction.tau <= 0.5
+    lines = [line for line in str(plan).splitlines() if line.startswith("  tau ")]
+    points = plan.prediction.frontier
+    assert len(points) <= len(lines) <= len(points) + 1
+    assert sum(line.endswith("<- this plan") for line in lines) == 1
+    bars = [line.count("#") for line in lines]
+    assert bars == sorted(bars, reverse=True) and bars[0] > bars[-1]
+    svg = frontier_svg(plan.prediction)
+    assert svg.count("<circle") == len(points) + 1 and svg.endswith("</svg>")
+
+
 def test_json_round_trip(report: Report) -> None:
     assert Report.from_json(report.to_json()) == report
     assert json.loads(report.to_json())["schedule"] == "ga-2"
+
+
+def test_html_tells_what_is_predicted(tmp_path: Path) -> None:
+    compiled = torch.compile(Small(), backend="approx", options={"strict": True})
+    compiled(torch.randn(6, 3, 8, 8)).sum().backward()
+    report = graphpass.reports()[-1]
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "What is predicted" in page and "step, predicted: " in page
+    assert "bf16: biased, and `max_bias` is 0" in page
+    # Here nothing pays, and the report says so of every gradient.
+    gradients = [row for row in report.rows if row.gradient != "forward"]
+    assert gradients and all(row.reason.startswith("planner: ") for row in gradients)
+    assert report.variants == 1 and not report.approximated
 
 
 def test_html_is_one_whole_page(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     report.to_html(path)
     page = path.read_text()
-    assert page.count("<tr") == 1 + len(report.rows)
+    products, _, predicted = page.partition('<table class="predicted">')
+    assert products.count("<tr") == 1 + len(report.rows)
+    assert predicted.count("<tr") == 1 + len(report.approximated)
     assert page.count('class="approximated"') == len(report.approximated)
     assert "conv2" in page
     assert "</html>" in page
