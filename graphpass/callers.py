@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from graphpass.capture import Analysis
+from graphpass.flow import Flow
 from graphpass.options import Options
 from graphpass.owner import Owner, compiled_model, parameter_path
 from graphpass.plan import Plan
 from graphpass.planner import all_exact, make_plan, replacements
-from graphpass.recompute import Call, Recomputation
+from graphpass.recompute import Recomputation
 from graphpass.report import TrainingGraph, forget, record
 from graphpass.session import Session, session_of
-from graphpass.variants import EXACT, Active, Variants
+from graphpass.sheet import Subject
+from graphpass.site import Gradient
+from graphpass.variants import EXACT, Active, Choice, Variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,13 @@ class Callers:
         self._parameter = first_parameter(inputs)
         self._known: dict[int, tuple[weakref.ref[Any], Caller]] = {}
         self._recomputation = Recomputation()
+        weights = tuple(site for site in analysis.sites if site.gradient is Gradient.WEIGHT)
+        variants.subject = Subject(weights, variants.subject.parameters)
         self.first = self._plan_for(owner, analysis)
         if self._parameter is not None:
             self._remember(inputs[self._parameter], self.first)
 
-    def choose(self, args: Sequence[Any]) -> Call:
+    def choose(self, args: Sequence[Any]) -> Choice:
         """Return what a call approximates, and the seed of its draws."""
         return self._recomputation.choose(lambda: self._choose(args))
 
@@ -111,12 +116,13 @@ class Callers:
         for graph in self._graphs:
             forget(graph)
 
-    def _choose(self, args: Sequence[Any]) -> Call:
+    def _choose(self, args: Sequence[Any]) -> Choice:
         caller = self._caller(args)
         if not caller.training():
-            return EXACT, 0
+            return Choice(EXACT, 0)
         turn = caller.session.begin(caller.identity, self._options.seed)
-        return (EXACT if caller.session.is_exact else caller.at_step(turn.step)), turn.seed
+        active = EXACT if caller.session.is_exact else caller.at_step(turn.step)
+        return Choice(active, turn.seed)
 
     def _caller(self, args: Sequence[Any]) -> Caller:
         if self._parameter is None:
@@ -190,4 +196,10 @@ def _moved(analysis: Analysis, old: str, new: str) -> Analysis:
     sites = tuple(
         replace(site, path=moved(site.path), name=moved(site.name)) for site in analysis.sites
     )
-    return replace(analysis, sites=sites)
+    names = {old.id: new.id for old, new in zip(analysis.sites, sites, strict=True)}
+    reached = {
+        names[site]: tuple(names[weight] for weight in weights)
+        for site, weights in analysis.flow.reached.items()
+    }
+    weights = {names[site]: ends for site, ends in analysis.flow.weights.items()}
+    return replace(analysis, sites=sites, flow=Flow(reached, weights))

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch.fx import Graph, GraphModule, Node
 
 from graphpass import fingerprint, joint_graph
+from graphpass.flow import Flow, find_flow
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -38,6 +39,7 @@ class Analysis:
     variants: dict[str, int] = field(default_factory=dict)
     nested: bool = False
     remembered: bool = False
+    flow: Flow = field(default_factory=Flow)
 
     @property
     def layers(self) -> int:
@@ -83,10 +85,12 @@ class _SiteRecorder(CustomGraphPass):
         self.path_of = path_of
         self.sites: tuple[Site, ...] = ()
         self.hints: dict[str, int] = {}
+        self.flow = Flow()
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
+        self.flow = find_flow(graph, self.sites, self.parameters)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
@@ -173,7 +177,7 @@ def analyse(
         compile_copy({**patches, **ours})
     except _Captured:
         assert partitioner.count is not None
-        return Analysis(recorder.sites, recorder.hints, partitioner.count)
+        return Analysis(recorder.sites, recorder.hints, partitioner.count, flow=recorder.flow)
     return None
 
 

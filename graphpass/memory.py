@@ -13,6 +13,7 @@ from codegen.cache import cache_dir, write_atomically
 from cost_model import Dim
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
+from graphpass.flow import Flow
 from graphpass.site import ConvGeometry, Gradient, Site
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def load(key: str) -> Analysis | None:
             int(record["saved_bytes"]),
             dict(record["variants"]),
             remembered=True,
+            flow=_flow_from(record["flow"]),
         )
     except FileNotFoundError:
         return None
@@ -64,6 +66,14 @@ def _path(key: str) -> Path:
 
 def _dim_from(dim: int | str) -> Dim:
     return dim if isinstance(dim, int) else sympy.sympify(dim)
+
+
+def _flow_from(record: dict[str, Any]) -> Flow:
+    reached, weights = (
+        {str(site): tuple(ends) for site, ends in record[kind].items()}
+        for kind in ("reached", "weights")
+    )
+    return Flow(reached, weights)
 
 
 def _site_from(record: dict[str, Any]) -> Site:
