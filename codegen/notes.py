@@ -37,6 +37,26 @@ def fresh(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count + 1, dtype=torch.float64, device=device)
 
 
+class Reading:
+    """Numbers on their way to the host: sent for at one time, looked at later."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Begin to copy; wait for nothing."""
+        self._numbers, self._event = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def values(self) -> list[float]:
+        """Return the numbers, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._numbers.tolist()
+        return values
+
+
 def _fake(
     carrier: Tensor, notes: Tensor, numbers: Sequence[Tensor], places: Sequence[int]
 ) -> Tensor:

@@ -36,6 +36,7 @@ class Reason(StrEnum):
     UNSUPPORTED_SHAPE = "the method has no form for this shape"
     NOT_CHEAPER = "the method would do no less work than the exact product"
     NEVER_SCHEDULED = "the schedule never selects this layer"
+    OVER_BUDGET = "measured noise stays over the budget"
     NESTED_REGION = "the graph has control flow or nested regions"
 
 
