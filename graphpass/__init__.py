@@ -2,6 +2,7 @@
 
 # Loaded before the function `methods` takes the name: importing a folder binds it in its parent.
 import graphpass.methods  # noqa: F401
+from graphpass.budget import AccuracyDrop, Speedup
 from graphpass.dry_run import plan
 from graphpass.errors import ApproxError, ConfigError
 from graphpass.method import methods
@@ -12,6 +13,7 @@ from graphpass.schedule import Schedule
 from graphpass.session import Session, session
 
 __all__ = [
+    "AccuracyDrop",
     "ApproxError",
     "ConfigError",
     "Decision",
@@ -21,6 +23,7 @@ __all__ = [
     "Row",
     "Schedule",
     "Session",
+    "Speedup",
     "methods",
     "plan",
     "reports",

@@ -16,7 +16,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch.fx import Graph, GraphModule, Node
 
 from graphpass import fingerprint, joint_graph
-from graphpass.flow import Flow, find_flow
+from graphpass.dependence import Flow, flow_of
+from graphpass.ends import Ends, ends_of
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -29,6 +30,8 @@ class Analysis:
         hints: value of each symbolic size in the example inputs.
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
+        flow: which gradient enters which product; see `graphpass.dependence`.
+        ends: which parameters weight gradients are the gradients of; see `graphpass.ends`.
         remembered: whether it was read from disk.
         nested: whether nothing was looked at, as the graph has regions that are compiled apart.
     """
@@ -37,9 +40,10 @@ class Analysis:
     hints: dict[str, int] = field(default_factory=dict)
     saved_bytes: int = 0
     variants: dict[str, int] = field(default_factory=dict)
+    flow: Flow = ()
+    ends: Ends = ()
     nested: bool = False
     remembered: bool = False
-    flow: Flow = field(default_factory=Flow)
 
     @property
     def layers(self) -> int:
@@ -85,12 +89,14 @@ class _SiteRecorder(CustomGraphPass):
         self.path_of = path_of
         self.sites: tuple[Site, ...] = ()
         self.hints: dict[str, int] = {}
-        self.flow = Flow()
+        self.flow: Flow = ()
+        self.ends: Ends = ()
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
-        self.flow = find_flow(graph, self.sites, self.parameters)
+        self.flow = flow_of(graph, self.sites)
+        self.ends = ends_of(graph, self.sites, self.parameters)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
@@ -177,7 +183,10 @@ def analyse(
         compile_copy({**patches, **ours})
     except _Captured:
         assert partitioner.count is not None
-        return Analysis(recorder.sites, recorder.hints, partitioner.count, flow=recorder.flow)
+        saved_bytes = partitioner.count
+        return Analysis(
+            recorder.sites, recorder.hints, saved_bytes, flow=recorder.flow, ends=recorder.ends
+        )
     return None
 
 

@@ -235,7 +235,7 @@ class Controller:
     def _noise_of(self, plan: Plan) -> PlanNoise:
         known = self._table.entries
         chosen = [key for key in map(key_of_decision, plan.approximated) if key in known]
-        return plan_noise(self._table, chosen, self._names.flow.reached)
+        return plan_noise(self._table, chosen, self._names.reach)
 
     # Resuming.
 

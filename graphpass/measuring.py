@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from codegen import notes
-from graphpass.flow import Flow
-from graphpass.noise import Key, LocalNoise, NoiseTable, PlanNoise, plan_noise
+from graphpass.noise import Key, LocalNoise, NoiseTable, PlanNoise, Reach, plan_noise
 from graphpass.sheet import Probe, Reading, Sheet, Subject
 from graphpass.sketch import Sketch, values_of
 
@@ -42,6 +41,36 @@ class Measured:
     table: NoiseTable
 
 
+def joined(parts: Sequence[Measured]) -> Measured | None:
+    """Return what was found out about a model that was compiled in several graphs."""
+    if len(parts) <= 1:
+        return next(iter(parts), None)
+    entries: dict[Key, LocalNoise] = {}
+    variance: dict[str, float] = {}
+    square: dict[str, float] = {}
+    for part in parts:
+        entries |= part.table.entries
+        variance |= part.table.variance
+        square |= part.table.square
+    noises = [sum(part.table.variance.values()) for part in parts]
+    squares = [sum(part.table.square.values()) for part in parts]
+
+    def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+        whole = sum(weights)
+        pairs = zip(values, weights, strict=True)
+        return sum(value * weight for value, weight in pairs) / whole if whole else 0.0
+
+    predicted = PlanNoise(
+        mean([part.predicted.tau for part in parts], noises),
+        mean([part.predicted.from_inputs for part in parts], noises),
+        mean([part.predicted.bias for part in parts], squares),
+    )
+    correction = mean([part.table.correction for part in parts], noises)
+    table = NoiseTable(entries, variance, square, correction)
+    tau = mean([part.tau for part in parts], noises)
+    return Measured(max(part.step for part in parts), tau, predicted, table)
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """What the numbers of one graph are called in tables.
@@ -49,12 +78,14 @@ class Names:
     Attributes:
         candidates: key of each candidate, by its number among the replacements.
         parameters: names of the parameters, by position.
-        flow: where gradients flow.
+        weights: positions of the parameters that a weight gradient belongs to, by its site.
+        reach: weight gradients that an input gradient flows into, by its site.
     """
 
     candidates: Mapping[int, Key]
     parameters: Mapping[int, str]
-    flow: Flow
+    weights: Mapping[str, tuple[int, ...]]
+    reach: Reach
 
 
 class Round:
@@ -242,7 +273,7 @@ def _batch(
         # The gradients compared have the plan's noise in them; its square, their noise.
         noise = max(half - share * totals.get(position, 0.0), _LEAST_SHARE * half)
         exact = max(mean_square - half, 0.0)
-        owners = [site for site, ends in names.flow.weights.items() if position in ends]
+        owners = [site for site, ends in names.weights.items() if position in ends]
         owners = owners or [names.parameters[position]]
         for owner in owners:
             variance[owner] = variance.get(owner, 0.0) + noise / len(owners)
@@ -260,9 +291,9 @@ def _corrected(
     """Return the table with the correction that the plan's own probe asks for."""
     chosen = [names.candidates[number] for number in sorted(probe.plan)]
     chosen = [key for key in chosen if key in table.entries]
-    plain = plan_noise(replace(table, correction=1.0), chosen, names.flow.reached)
+    plain = plan_noise(replace(table, correction=1.0), chosen, names.reach)
     supposed = plain.from_inputs * sum(table.variance.values())
-    with_product = {position for ends in names.flow.weights.values() for position in ends}
+    with_product = {position for ends in names.weights.values() for position in ends}
     arrived = sum(sum(reading.propagated) for reading in several) / len(several)
     arrived += sum(value for position, value in totals.items() if position not in with_product)
     if not supposed or not arrived:

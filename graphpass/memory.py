@@ -13,8 +13,10 @@ from codegen.cache import cache_dir, write_atomically
 from cost_model import Dim
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
-from graphpass.flow import Flow
 from graphpass.site import ConvGeometry, Gradient, Site
+
+# Files of another format are looked at anew.
+_VERSION = 3
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,17 @@ def load(key: str) -> Analysis | None:
     path = _path(key)
     try:
         record = json.loads(path.read_text())
+        if record["version"] != _VERSION:
+            return None
         sites = tuple(_site_from(entry) for entry in record["sites"])
         return Analysis(
             sites,
             dict(record["hints"]),
             int(record["saved_bytes"]),
             dict(record["variants"]),
+            flow=_pairs(record["flow"]),
+            ends=_pairs(record["ends"]),
             remembered=True,
-            flow=_flow_from(record["flow"]),
         )
     except FileNotFoundError:
         return None
@@ -47,7 +52,7 @@ def load(key: str) -> Analysis | None:
 
 def store(key: str, analysis: Analysis) -> None:
     """Remember an analysis; a cache that cannot be written is no reason to fail."""
-    record = asdict(analysis)
+    record = {"version": _VERSION, **asdict(analysis)}
     try:
         write_atomically(_path(key), json.dumps(record, default=str))
     except OSError as error:
@@ -68,12 +73,8 @@ def _dim_from(dim: int | str) -> Dim:
     return dim if isinstance(dim, int) else sympy.sympify(dim)
 
 
-def _flow_from(record: dict[str, Any]) -> Flow:
-    reached, weights = (
-        {str(site): tuple(ends) for site, ends in record[kind].items()}
-        for kind in ("reached", "weights")
-    )
-    return Flow(reached, weights)
+def _pairs(record: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(tail), int(head)) for tail, head in record)
 
 
 def _site_from(record: dict[str, Any]) -> Site:

@@ -1,11 +1,11 @@
 """What a user may ask for: the same keys for `Options(...)` and `torch.compile(options=...)`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from graphpass.budget import Budget, check_bias, check_budget
 from graphpass.errors import ConfigError
 from graphpass.plan import Plan
 from graphpass.schedule import Schedule
@@ -20,17 +20,23 @@ class Options:
     """The validated options of one compilation.
 
     Attributes:
-        budget: noise that may be added to the gradient, relative to the noise it has; 0 means
-            exact, bit for bit; "auto" lets the planner decide.
-        methods: None, a list of method names that may be used, or a mapping from a module pattern
-            (fnmatch on the module path) to a method name or a record such as
-            `{"name": "topk", "k": 2, "gradient": "weight"}`, or a list of those for different
-            products. Later patterns win. Forward products are approximated only where a record
-            says `"gradient": "forward"`: what they lose, the loss and every gradient lose too.
+        budget: noise that may be added to the gradient, relative to the noise it has (tau); 0 means
+            exact, bit for bit; "auto" is the least predicted time to the same loss, and never a
+            plan that is predicted to gain less than 2 %; or a `Speedup` or an `AccuracyDrop`.
+        methods: None, a list of method names that the planner may use, or a mapping that takes its
+            place, from a module pattern (fnmatch on the module path) to a method name or a record
+            such as `{"name": "topk", "k": 2, "gradient": "weight"}`, or a list of those for
+            different products. Later patterns win. Forward products are approximated only where a
+            record says `"gradient": "forward"`: what they lose, the loss and every gradient lose.
         gradients: the gradients that may be approximated, out of "weight" and "input".
+        max_bias: squared bias that the planner may add with biased methods, relative to the squared
+            gradient; 0 leaves them to those who name them in a mapping.
         schedule: a `Schedule` or the name of one; None applies every planned method on every step.
         plan: a `Plan`, or the path of a plan file, to use instead of planning.
         seed: seed of every random draw, in [0, 2**31).
+        probe_every: steps from one measurement of the noise to the next.
+        decay_budget: whether a budget that is a number falls with the learning rate, in proportion
+            to the largest so far; `Session.follow` tells it which optimizer to look at.
         warmup_steps: number of first steps that are exact.
         total_steps: length of the training run in steps, for schedules that end relative to it.
         inductor: Inductor configuration patches, as `torch.compile(options=...)` takes them.
@@ -39,12 +45,15 @@ class Options:
         max_variants: most compiled variants of one graph that may be alive.
     """
 
-    budget: float | str = "auto"
+    budget: Budget = "auto"
     methods: Mapping[str, MethodSpec] | Sequence[str] | None = None
     gradients: Sequence[str] = GRADIENTS
+    max_bias: float = 0.0
     schedule: Schedule | str | None = None
     plan: Plan | str | Path | None = None
     seed: int = 0
+    probe_every: int = 500
+    decay_budget: bool = False
     warmup_steps: int = 0
     total_steps: int | None = None
     inductor: Mapping[str, Any] | None = None
@@ -58,16 +67,19 @@ class Options:
         Raises:
             ConfigError: if a value is not legal.
         """
-        _check_budget(self.budget)
+        check_budget(self.budget)
+        check_bias(self.max_bias)
         _check_gradients(self.gradients)
         _check_methods(self.methods)
         _check_integer("seed", self.seed, 0, 2**31 - 1)
+        _check_integer("probe_every", self.probe_every, 1, None)
         _check_integer("warmup_steps", self.warmup_steps, 0, None)
         _check_integer("max_variants", self.max_variants, 1, None)
         if self.total_steps is not None:
             _check_integer("total_steps", self.total_steps, 1, None)
-        if not isinstance(self.strict, bool):
-            raise ConfigError(f"strict={self.strict!r}: give True or False")
+        for name in ("strict", "decay_budget"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         _check_inductor(self.inductor, self.mode)
         if self.plan is not None and not isinstance(self.plan, (Plan, str, Path)):
             raise ConfigError(f"plan={self.plan!r}: give a Plan or the path of a plan file")
@@ -127,15 +139,6 @@ class Options:
         if isinstance(self.plan, (str, Path)):
             return Plan.load(self.plan)
         return self.plan
-
-
-def _check_budget(budget: object) -> None:
-    if isinstance(budget, str) and budget == "auto":
-        return
-    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    # `not <=` also refuses NaN; an integer may be larger than every floating-point number.
-    if not is_number or not 0 <= budget <= sys.float_info.max:  # type: ignore[operator]
-        raise ConfigError(f'budget={budget!r}: give "auto" or a finite number that is at least 0')
 
 
 def _check_gradients(gradients: object) -> None:

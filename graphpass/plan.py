@@ -7,17 +7,23 @@ run of the same model.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graphpass.errors import ConfigError
+from graphpass.prediction import Prediction, joined
 from graphpass.schedule import Schedule
 from graphpass.site import Site
 
-PLAN_VERSION = 1
+# Since 2 with a prediction.
+PLAN_VERSION = 2
 ALWAYS = Schedule()
+# What reading a record that holds something else may raise.
+_CORRUPT = (
+    KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +61,14 @@ class Plan:
         decisions: one a site, in the order of the graphs.
         schedule: which layers are approximated on which step.
         warmup_steps: number of first steps that are exact.
+        prediction: what it is predicted to do; None where nothing was predicted. Plans that decide
+            the same are equal, whatever is predicted of them.
     """
 
     decisions: tuple[Decision, ...] = ()
     schedule: Schedule = ALWAYS
     warmup_steps: int = 0
+    prediction: Prediction | None = field(default=None, compare=False)
 
     @property
     def approximated(self) -> tuple[Decision, ...]:
@@ -70,6 +79,16 @@ class Plan:
     def digest(self) -> str:
         """Hash of everything that is planned."""
         return hashlib.sha256(self._json(self.schedule.to_dict()).encode()).hexdigest()[:16]
+
+    @classmethod
+    def joined(cls, plans: "Sequence[Plan]") -> "Plan":
+        """Return one plan of all graphs of a model, under the schedule of the first."""
+        if not plans:
+            return cls()
+        decisions = tuple(decision for plan in plans for decision in plan.decisions)
+        known = [plan.prediction for plan in plans if plan.prediction is not None]
+        prediction = joined(known) if len(known) == len(plans) else None
+        return cls(decisions, plans[0].schedule, plans[0].warmup_steps, prediction)
 
     def find(self, site: Site, layer: int) -> Decision:
         """Return the decision for a site of the model that this plan was made for.
@@ -111,7 +130,8 @@ class Plan:
             )
         record = self.schedule.to_dict()
         del record["rule"]
-        return self._json(record)
+        prediction = None if self.prediction is None else self.prediction.to_dict()
+        return self._json(record, prediction=prediction)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -132,7 +152,7 @@ class Plan:
             )
         try:
             return _plan(record)
-        except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        except _CORRUPT as error:
             raise ConfigError(f"the plan is corrupt: {_what(error)}. {_REMEDY}") from error
 
     def save(self, path: str | Path) -> None:
@@ -163,13 +183,14 @@ class Plan:
 
         return plan_table(self)
 
-    def _json(self, schedule: dict[str, Any]) -> str:
+    def _json(self, schedule: dict[str, Any], **more: Any) -> str:
         decisions = [asdict(decision) for decision in self.decisions]
         record = {
             "version": PLAN_VERSION,
             "schedule": schedule,
             "warmup_steps": self.warmup_steps,
             "decisions": decisions,
+            **more,
         }
         return json.dumps(record, indent=1, sort_keys=True)
 
@@ -189,7 +210,9 @@ def _plan(record: Mapping[str, Any]) -> Plan:
     if twice := sorted(site for site, count in counts.items() if count > 1):
         raise ValueError(f"it has {twice[0]!r} more than once")
     schedule = Schedule(**_value(record, "schedule", _is(dict)))
-    return Plan(decisions, schedule, warmup_steps)
+    predicted = _value({"prediction": None, **record}, "prediction", _is(dict, type(None)))
+    prediction = None if predicted is None else Prediction.from_dict(predicted)
+    return Plan(decisions, schedule, warmup_steps, prediction)
 
 
 def _decision(record: Mapping[str, Any]) -> Decision:

@@ -1,6 +1,6 @@
-"""Decide for every site how it is computed: the sites that the user named, by the user's method.
+"""Decide for every site how it is computed: as the user named it, or by spending the budget.
 
-Pure functions: the same sites and options give the same plan.
+Pure functions: the same sites, options, prices and noise give the same plan.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -9,13 +9,21 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
+from graphpass import pricing as prices
+from graphpass.candidates import menus
 from graphpass.capture import Analysis
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.method import Method, get_method
+from graphpass.noise import NoiseTable
 from graphpass.options import Options
 from graphpass.plan import Decision, Plan, printable_shape
+from graphpass.prediction import predict
+from graphpass.pricing import Pricing
 from graphpass.rewrite import Replacement
 from graphpass.schedule import Schedule
+from graphpass.selection import Selection, select
 from graphpass.site import Gradient, Site
 
 
@@ -34,7 +42,12 @@ class _Rule:
 
 
 def make_plan(
-    analysis: Analysis, options: Options, offset: int, modules: Collection[str] | None
+    analysis: Analysis,
+    options: Options,
+    offset: int,
+    modules: Collection[str] | None,
+    noise: NoiseTable | None = None,
+    pricing: Pricing | None = None,
 ) -> Plan:
     """Return the plan of one graph.
 
@@ -43,22 +56,41 @@ def make_plan(
         options: what the user asked for.
         offset: number of layers in the graphs before this one.
         modules: paths of the model's modules that may hold products; None if not known.
+        noise: what was measured of the graph's noise; None for a prior.
+        pricing: prices of products; None for those of this machine.
 
     Raises:
-        ConfigError: if a method or parameter is not legal, a pattern matches nothing, or the
-            given plan was made for another model.
+        ConfigError: if a method or parameter is not legal, a pattern matches nothing, the
+            given plan was made for another model, or the budget cannot be met.
     """
     schedule = options.resolved_schedule()
     given, sites = options.resolved_plan(), analysis.sites
+    warmup_steps = options.warmup_steps
+    chosen: Selection | None = None
+    if pricing is None:
+        pricing = prices.of(analysis, torch.get_num_threads())
     if given is not None:
         if options.schedule is None:
             schedule = given.schedule
-        followed = [_follow(given, site, options, schedule, offset) for site in sites]
-        return Plan(tuple(followed), schedule, max(options.warmup_steps, given.warmup_steps))
-    rules = _rules(options)
-    _check_patterns(rules, sites, modules)
-    decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
-    return Plan(tuple(decisions), schedule, options.warmup_steps)
+        decisions = [_follow(given, site, options, schedule, offset) for site in sites]
+        warmup_steps = max(warmup_steps, given.warmup_steps)
+    else:
+        rules = _rules(options)
+        _check_patterns(rules, sites, modules)
+        if isinstance(options.methods, Mapping) or options.budget == 0:
+            decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
+        else:
+            chosen = _select(analysis, options, schedule, offset, noise, pricing)
+            decisions = _chosen(chosen, analysis, offset)
+    plan = Plan(tuple(decisions), schedule, warmup_steps)
+    if options.budget == 0:
+        # Nothing is to be predicted, and nothing is to take time.
+        return plan
+    others = dict(zip((s.id for s in sites), chosen.others, strict=True)) if chosen else None
+    frontier = chosen.frontier if chosen else ()
+    planned = replacements(plan, sites)
+    prediction = predict(analysis, planned, pricing, noise, frontier, others)
+    return replace(plan, prediction=prediction)
 
 
 def replacements(plan: Plan, sites: Sequence[Site]) -> tuple[Replacement, ...]:
@@ -153,8 +185,6 @@ def _choose(site: Site, options: Options, rules: Sequence[_Rule]) -> _Rule | Rea
         return Reason.FORWARD
     if site.reason is not None:
         return site.reason
-    if not isinstance(options.methods, Mapping):
-        return Reason.NO_PLANNER
     if not covering:
         return Reason.NOT_NAMED
     fitting = [rule for rule in covering if site.gradient in rule.gradients]
@@ -179,13 +209,56 @@ def _approximated(
 def _obstacle(
     site: Site, options: Options, rule: _Rule, schedule: Schedule, layer: int
 ) -> Rejected | None:
+    return _forbidden(site, options, schedule, layer) or rule.method.reject(site, rule.params)
+
+
+def _forbidden(site: Site, options: Options, schedule: Schedule, layer: int) -> Rejected | None:
+    """Return why no method may approximate a site, or None."""
     # A forward product is approximated only where its name was given: that is permission enough.
     permitted = (*options.gradients, Gradient.FORWARD.value)
     if site.gradient.value not in permitted:
         return Rejected(Reason.NOT_IN_GRADIENTS)
     if not schedule.may_select(layer):
         return Rejected(Reason.NEVER_SCHEDULED, f"layer {layer} in schedule {schedule.name!r}")
-    return rule.method.reject(site, rule.params)
+    return None
+
+
+def _select(
+    analysis: Analysis,
+    options: Options,
+    schedule: Schedule,
+    offset: int,
+    noise: NoiseTable | None,
+    pricing: Pricing,
+) -> Selection:
+    """Return what the planner chooses."""
+    obstacles = {}
+    for site in analysis.sites:
+        obstacle = _forbidden(site, options, schedule, site.layer + offset)
+        if site.gradient is Gradient.FORWARD:
+            obstacle = Rejected(Reason.FORWARD)
+        elif site.reason is not None:
+            obstacle = Rejected(site.reason)
+        if obstacle is not None:
+            obstacles[site.id] = obstacle
+    found, propagation = menus(
+        analysis, obstacles, options.methods, options.max_bias, noise, pricing
+    )
+    ratio = propagation.noise_ratio
+    return select(found, options.budget, options.max_bias, pricing.rest().seconds, ratio)
+
+
+def _chosen(chosen: Selection, analysis: Analysis, offset: int) -> list[Decision]:
+    decisions = []
+    for site, pick, reason in zip(analysis.sites, chosen.picks, chosen.reasons, strict=True):
+        layer = site.layer + offset
+        if pick is None:
+            assert reason is not None, site.id
+            decisions.append(_exact(site, layer, reason))
+            continue
+        name, params, shape = pick.method.name, asdict(pick.params), printable_shape(site)
+        decisions.append(Decision(site.id, layer, site.op, shape, name, params, ""))
+    return decisions
 
 
 def _follow(given: Plan, site: Site, options: Options, schedule: Schedule, offset: int) -> Decision:

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -173,6 +173,22 @@ class Variants:
         if partitioner.count is not None:
             self.log.saved_bytes[key] = partitioner.count
         return self.compiled[key]
+
+    def retire(self, in_use: Collection[Active], limit: int) -> None:
+        """Drop what no plan runs any more; what was compiled stays in Inductor's cache.
+
+        Args:
+            in_use: the sites that each plan approximates.
+            limit: most approximate variants; there is room for one more afterwards.
+        """
+        for key in list(self.compiled):
+            if isinstance(key, Probe) and key.plan and key.plan not in in_use:
+                del self.compiled[key]
+        alive = [key for key in self.log.compiled if key and key in self.compiled]
+        old = [key for key in alive if key not in in_use]
+        for key in old[: max(0, len(alive) - limit + 1)]:
+            del self.compiled[key]
+            self.log.compiled.remove(key)
 
     def _chosen(self, numbers: Active) -> list[Replacement]:
         return [self.replacements[i] for i in sorted(numbers)]

@@ -34,7 +34,7 @@ from codegen import int8
 from codegen.kernel import call, kernels
 from cost_model import Cost, element_count, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
-from graphpass.method import Method, Sample, register
+from graphpass.method import Method, Prior, Sample, register
 from graphpass.site import Gradient, Site
 
 aten = torch.ops.aten
@@ -312,6 +312,16 @@ def _finish(site: Site, template: Tensor, result: Tensor) -> Tensor:
     return result.to(template.dtype)
 
 
+def prior(site: Site, params: Params) -> Prior:
+    """Return what was measured with this product of every layer but the first in 8 bits."""
+    del params
+    return {
+        Gradient.WEIGHT: Prior(0.002),
+        Gradient.INPUT: Prior(0.001),
+        Gradient.FORWARD: Prior(0.015, bias=0.0056),
+    }[site.gradient]
+
+
 def samples() -> tuple[Sample, ...]:
     """Return products of convolutions and linear layers, and what must be rejected."""
     nn = torch.nn
@@ -349,5 +359,6 @@ register(
         lower=lower,
         samples=samples,
         noise=noise,
+        prior=prior,
     )
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cost_model import Cost, element_count, fill
 from graphpass.errors import Rejected
-from graphpass.method import Method, Sample, no_draw, register
+from graphpass.method import Method, Prior, Sample, no_draw, register
 from graphpass.site import Gradient, Site
 
 
@@ -47,6 +47,15 @@ def lower(site: Site, params: Params, template: Tensor, seed: Tensor, salt: int)
     return reference(site, params, template, None)
 
 
+def prior(site: Site, params: Params) -> Prior | None:
+    """Return that the layer's weight gradient is lost.
+
+    An input gradient takes with it what lies before: how much depends on the layer.
+    """
+    del params
+    return Prior(0.0, bias=1.0) if site.gradient is Gradient.WEIGHT else None
+
+
 def samples() -> tuple[Sample, ...]:
     """Return convolutions and linear layers of several kinds."""
     nn = torch.nn
@@ -74,5 +83,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
+        prior=prior,
     )
 )

@@ -273,7 +273,9 @@ def remembered(folder: Path) -> Path:
     return file
 
 
-GOOD: dict[str, Any] = {"sites": [], "hints": {}, "saved_bytes": 0, "variants": {}}
+GOOD: dict[str, Any] = {
+    "version": 2, "sites": [], "hints": {}, "saved_bytes": 0, "variants": {}, "flow": [],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -287,6 +289,7 @@ GOOD: dict[str, Any] = {"sites": [], "hints": {}, "saved_bytes": 0, "variants": 
         json.dumps({}),
         json.dumps(GOOD | {"hints": None}),
         json.dumps(GOOD | {"sites": [{}]}),
+        json.dumps(GOOD | {"flow": [1]}),
         json.dumps(GOOD | {"sites": ["body"]}),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import graphpass
-from graphpass import ConfigError, Options, Plan, Schedule
+from graphpass import AccuracyDrop, ConfigError, Options, Plan, Schedule, Speedup
+from graphpass.curve import Curve
 
 pytestmark = pytest.mark.usefixtures("aten_only")
 
@@ -48,6 +49,10 @@ ILLEGAL = [
     ({"budget": [0.1]}, r'budget=\[0\.1\]: give "auto" or a finite number'),
     ({"budget": 10**400}, r'budget=10+: give "auto" or a finite number'),
     ({"budget": 1j}, r'budget=1j: give "auto" or a finite number'),
+    ({"max_bias": -0.1}, r"max_bias=-0\.1: give a finite number that is at least 0"),
+    ({"max_bias": float("nan")}, r"max_bias=nan: give a finite number"),
+    ({"max_bias": True}, r"max_bias=True: give a finite number"),
+    ({"probe_every": 0}, r"probe_every=0: give an integer of at least 1"),
     ({"gradients": ()}, r"gradients=\(\): give one or both of weight, input"),
     ({"gradients": "weight"}, r"gradients='weight': give one or both of weight, input"),
     ({"gradients": ("weights",)}, r"gradients=\('weights',\): give one or both"),
@@ -266,7 +271,9 @@ LEGAL: list[Mapping[str, Any]] = [
     {},
     {"budget": 0},
     {"budget": 0.1, "seed": 3},
-    {"budget": "auto"},
+    {"budget": "auto", "max_bias": 0.01, "probe_every": 50},
+    {"budget": Speedup(1.5)},
+    {"budget": AccuracyDrop(0.2, Curve(90.0, 2.0, 0.1, 0.8, 1.0))},
     {"methods": {"head": "zero", "encoder.*": {"name": "topk", "k": 2}}},
     {"methods": ["zero", "random"], "gradients": ["weight"]},
     {"methods": ("zero",), "gradients": ("input",)},

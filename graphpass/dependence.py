@@ -1,0 +1,114 @@
+"""Which products an error in a gradient reaches.
+
+An error in an input gradient goes on to the layers before it: through normalisations, activations
+and shortcuts, into the weight gradients there, and into further input gradients. What is kept of
+the joint graph for that question is a small directed graph: the sites, by their position, and the
+few places besides where several gradients meet and part again (shortcuts), by higher numbers.
+"""
+
+import operator
+from collections.abc import Hashable, Sequence
+
+import networkx
+import torch
+from torch.fx import Graph, Node
+
+from graphpass import joint_graph
+from graphpass.site import Gradient, Site
+
+# Edges from a place to one that it flows into. Fewer than a few for each site, also where residual
+# blocks make every layer depend on every later one.
+Flow = tuple[tuple[int, int], ...]
+
+_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+def flow_of(graph: Graph, sites: Sequence[Site]) -> Flow:
+    """Return how gradients flow from product to product.
+
+    Args:
+        graph: a joint graph.
+        sites: its products.
+    """
+    places: dict[str, list[int]] = {}
+    for number, site in enumerate(sites):
+        if site.gradient is not Gradient.FORWARD:
+            places.setdefault(site.node, []).append(number)
+    flow = networkx.DiGraph()
+    for node in graph.nodes:
+        if not joint_graph.is_backward(node):
+            continue
+        heads: Sequence[Hashable] = places.get(node.name) or [node.name]
+        for source in node.all_input_nodes:
+            if joint_graph.is_backward(source):
+                tails = _tails(source, node, places, sites)
+                flow.add_edges_from((tail, head) for tail in tails for head in heads)
+    return _numbered(_contracted(flow), graph, len(sites))
+
+
+def reached(flow: Flow, sites: Sequence[Site]) -> dict[int, tuple[int, ...]]:
+    """Return the weight gradients that the errors of each site reach, by position.
+
+    Those of a weight gradient reach nothing, and those of a forward product every one of them.
+    """
+    weights = [i for i, site in enumerate(sites) if site.gradient is Gradient.WEIGHT]
+    mask = sum(1 << i for i in weights)
+    below = _closure(flow)
+    result = {}
+    for number, site in enumerate(sites):
+        if site.gradient is Gradient.FORWARD:
+            result[number] = tuple(weights)
+        elif site.gradient is Gradient.INPUT:
+            bits = below.get(number, 0) & mask
+            result[number] = tuple(i for i in weights if bits >> i & 1)
+        else:
+            result[number] = ()
+    return result
+
+
+def _closure(flow: Flow) -> dict[int, int]:
+    """Return what lies behind each place, as a set of bits."""
+    graph = networkx.DiGraph(flow)
+    below: dict[int, int] = {}
+    for place in reversed(list(networkx.topological_sort(graph))):
+        bits = 0
+        for following in graph[place]:
+            bits |= below[following] | 1 << following
+        below[place] = bits
+    return below
+
+
+def _tails(
+    source: Node, node: Node, places: dict[str, list[int]], sites: Sequence[Site]
+) -> Sequence[Hashable]:
+    """Return the places whose values `node` takes from `source`."""
+    numbers = places.get(source.name)
+    if numbers is None:
+        return [source.name]
+    if source.target is _BACKWARD and node.target is operator.getitem:
+        return [number for number in numbers if sites[number].result == node.args[1]]
+    return numbers
+
+
+def _contracted(flow: "networkx.DiGraph[Hashable]") -> "networkx.DiGraph[Hashable]":
+    """Take out every place that is no site, unless that would add edges."""
+    order = list(networkx.topological_sort(flow))
+    # What no product reads, and what comes from none, first: the rest has fewer branches then.
+    for name in reversed(order):
+        if isinstance(name, str) and not flow.out_degree(name):
+            flow.remove_node(name)
+    for name in order:
+        if name not in flow or not isinstance(name, str):
+            continue
+        before, after = list(flow.predecessors(name)), list(flow.successors(name))
+        if len(before) * len(after) <= len(before) + len(after):
+            flow.remove_node(name)
+            flow.add_edges_from((tail, head) for tail in before for head in after)
+    return flow
+
+
+def _numbered(flow: "networkx.DiGraph[Hashable]", graph: Graph, sites: int) -> Flow:
+    kept = [node.name for node in graph.nodes if node.name in flow]
+    numbers = {name: number for number, name in enumerate(kept, start=sites)}
+    edges = ((numbers.get(tail, tail), numbers.get(head, head)) for tail, head in flow.edges)
+    return tuple(sorted(edges))

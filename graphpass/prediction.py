@@ -1,0 +1,228 @@
+"""What a plan is predicted to do: to the time of a step, to the noise, and so to the whole run.
+
+Seconds are per step, on the steps that the schedule selects. Nothing here is a measurement of the
+plan as a whole; where a single figure was measured on this machine or in this run, its source says
+so.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from graphpass import prior
+from graphpass.candidates import effect_of
+from graphpass.capture import Analysis
+from graphpass.frontier import Point
+from graphpass.noise import NoiseTable
+from graphpass.pricing import Pricing
+from graphpass.propagation import Propagation
+from graphpass.rewrite import Replacement
+
+# Points of the frontier that are kept.
+_POINTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class SitePrediction:
+    """What is predicted of one site.
+
+    Attributes:
+        exact_s: seconds of the exact product.
+        exact_source: where they come from: "datasheet", "calibrated" or "measured".
+        planned_s: seconds of the product as planned; work that sites share is counted at the first.
+        planned_source: where those come from.
+        approximated: whether the plan approximates it.
+        tau: noise that it adds, relative to the noise of the gradient; None where not known.
+        bias: squared bias that it adds, relative to the squared gradient; None where not known.
+        noise_source: where both come from: "prior" or "measured"; "" for an exact site.
+        others: what was considered beside, and why it was not chosen.
+    """
+
+    exact_s: float
+    exact_source: str
+    planned_s: float
+    planned_source: str
+    approximated: bool = False
+    tau: float | None = 0.0
+    bias: float | None = 0.0
+    noise_source: str = ""
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is predicted of a plan.
+
+    Attributes:
+        sites: by the id of the site.
+        rest_s: seconds of a step that no site takes: normalisations, activations.
+        variance: V of the gradient, in the unit that `sites` were weighed with.
+        square: |E g|^2 of the gradient.
+        frontier: corners of the frontier of noise against time, seconds of the whole step; empty
+            where the user named the methods.
+    """
+
+    sites: Mapping[str, SitePrediction]
+    rest_s: float
+    variance: float
+    square: float
+    frontier: tuple[Point, ...] = field(default=())
+
+    @property
+    def exact_step_s(self) -> float:
+        """Seconds of an exact step."""
+        return self.rest_s + math.fsum(site.exact_s for site in self.sites.values())
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step as planned."""
+        return self.rest_s + math.fsum(site.planned_s for site in self.sites.values())
+
+    @property
+    def ceiling_s(self) -> float:
+        """Seconds of a step if every approximated site cost nothing (Amdahl)."""
+        left = (site.exact_s for site in self.sites.values() if not site.approximated)
+        return self.rest_s + math.fsum(left)
+
+    @property
+    def tau(self) -> float | None:
+        """Noise of the plan; None where that of a site is not known."""
+        return _sum(site.tau for site in self.sites.values())
+
+    @property
+    def bias(self) -> float | None:
+        """Squared bias of the plan; None where that of a site is not known."""
+        return _sum(site.bias for site in self.sites.values())
+
+    @property
+    def noise_ratio(self) -> float:
+        """The ratio r = V / |E g|^2."""
+        return self.variance / self.square if self.square > 0 else math.inf
+
+    @property
+    def inflation(self) -> float | None:
+        """Factor on the number of steps to the same loss, 1 + tau r / (1 + r); bias left out."""
+        if self.tau is None:
+            return None
+        growth = self.noise_ratio / (1 + self.noise_ratio) if self.square > 0 else 1.0
+        return 1 + self.tau * growth
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Predicted time to the same loss, over that of exact training."""
+        if self.inflation is None:
+            return None
+        whole = self.exact_step_s
+        return self.inflation * (self.step_s / whole if whole > 0 else 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, which `from_dict` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Prediction":
+        """Return the prediction that `to_dict` wrote.
+
+        Raises:
+            KeyError: if a field is missing.
+            TypeError: if a field is unknown or of another type.
+        """
+        sites = {
+            name: SitePrediction(**{**site, "others": tuple(site["others"])})
+            for name, site in record["sites"].items()
+        }
+        points = tuple(Point(**point) for point in record["frontier"])
+        figures = {name: float(record[name]) for name in ("rest_s", "variance", "square")}
+        return cls(sites=sites, frontier=points, **figures)
+
+
+def predict(
+    analysis: Analysis,
+    replacements: Sequence[Replacement],
+    pricing: Pricing,
+    noise: NoiseTable | None = None,
+    frontier: Sequence[Point] = (),
+    others: Mapping[str, tuple[str, ...]] | None = None,
+) -> Prediction:
+    """Return what a plan of one graph is predicted to do.
+
+    Args:
+        analysis: what the graph holds.
+        replacements: what the plan approximates.
+        pricing: prices of products.
+        noise: what was measured; None for what is supposed before.
+        frontier: corners of the frontier, seconds of all products.
+        others: what was considered for a site and not chosen, by its id.
+    """
+    planned = {replacement.site.id: replacement for replacement in replacements}
+    table = noise or prior.noise_table(
+        analysis, {name: [(r.method, r.params)] for name, r in planned.items()}
+    )
+    propagation = Propagation(analysis, table)
+    rest_s, seen = pricing.rest().seconds, set[str]()
+    sites = {}
+    for site in analysis.sites:
+        exact = pricing.exact(site)
+        figures = SitePrediction(exact.seconds, exact.source, exact.seconds, exact.source)
+        chosen = planned.get(site.id)
+        if chosen is not None:
+            price = pricing.approximate(site, chosen.method, chosen.params)
+            done = sum(s for name, s in price.shared.items() if name in seen)
+            seen.update(price.shared)
+            effect = effect_of(site, chosen.method, chosen.params, table, propagation)
+            figures = replace(
+                figures,
+                planned_s=price.seconds - done,
+                planned_source=price.source,
+                approximated=True,
+                tau=None if effect is None else effect.tau,
+                bias=None if effect is None else effect.bias,
+                noise_source=table.source,
+            )
+        sites[site.id] = replace(figures, others=(others or {}).get(site.id, ()))
+    points = tuple(replace(p, seconds=p.seconds + rest_s) for p in thinned(frontier))
+    return Prediction(sites, rest_s, propagation.variance, propagation.square, points)
+
+
+def joined(predictions: Sequence[Prediction]) -> Prediction | None:
+    """Return the prediction of a model that was compiled in several graphs; None without any.
+
+    Noise is relative to that of the whole model's gradient then. There is no common frontier: each
+    graph has its own.
+    """
+    if len(predictions) <= 1:
+        return next(iter(predictions), None)
+    variance = math.fsum(p.variance for p in predictions)
+    square = math.fsum(p.square for p in predictions)
+    sites = {}
+    for p in predictions:
+        shares = [_share(p.variance, variance), _share(p.square, square)]
+        for name, site in p.sites.items():
+            tau = None if site.tau is None else site.tau * shares[0]
+            bias = None if site.bias is None else site.bias * shares[1]
+            sites[name] = replace(site, tau=tau, bias=bias)
+    return Prediction(sites, math.fsum(p.rest_s for p in predictions), variance, square)
+
+
+def thinned(points: Sequence[Point], count: int = _POINTS) -> tuple[Point, ...]:
+    """Return at most so many of the points, evenly over their seconds, with both ends."""
+    if len(points) <= count:
+        return tuple(points)
+    first, last = points[0].seconds, points[-1].seconds
+    marks = [first + (last - first) * i / (count - 1) for i in range(count)]
+    nearest = (min(range(len(points)), key=lambda i: abs(points[i].seconds - m)) for m in marks)
+    return tuple(points[i] for i in sorted(set(nearest)))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
