@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 from graphpass.capture import Analysis
+from graphpass.controller import Controller, Subplan
 from graphpass.options import Options
 from graphpass.owner import Owner, compiled_model, parameter_path
 from graphpass.plan import Plan
 from graphpass.planner import all_exact, make_plan, replacements
-from graphpass.recompute import Call, Recomputation
+from graphpass.recompute import Recomputation
 from graphpass.report import TrainingGraph, forget, record
 from graphpass.session import Session, session_of
-from graphpass.variants import EXACT, Active, Variants
+from graphpass.sheet import Subject
+from graphpass.site import Gradient
+from graphpass.steering import Part, controller_of, why_not
+from graphpass.variants import EXACT, Active, Choice, Variants
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
     """One part of one model that runs the graph.
 
@@ -33,6 +37,7 @@ class Caller:
         session: the model's session.
         plan: what is planned for this part.
         layers: number of the layer of each planned site, by its position among the replacements.
+        controller: what keeps the plan within its budget; None where the plan stays as it is.
     """
 
     owner: Owner
@@ -40,6 +45,7 @@ class Caller:
     session: Session
     plan: Plan
     layers: dict[int, int]
+    controller: Controller | None = None
 
     def training(self) -> bool:
         """Return whether the model is in training mode now; True where no model is known."""
@@ -87,11 +93,14 @@ class Callers:
         self._parameter = first_parameter(inputs)
         self._known: dict[int, tuple[weakref.ref[Any], Caller]] = {}
         self._recomputation = Recomputation()
-        self.first = self._plan_for(owner, analysis)
+        weights = tuple(site for site in analysis.sites if site.gradient is Gradient.WEIGHT)
+        variants.subject = Subject(weights, variants.subject.parameters)
+        self._frozen = bool(analysis.hints) or any(isinstance(x, torch.SymInt) for x in inputs)
+        self.first = self._plan_for(owner, analysis, inputs)
         if self._parameter is not None:
             self._remember(inputs[self._parameter], self.first)
 
-    def choose(self, args: Sequence[Any]) -> Call:
+    def choose(self, args: Sequence[Any]) -> Choice:
         """Return what a call approximates, and the seed of its draws."""
         return self._recomputation.choose(lambda: self._choose(args))
 
@@ -111,12 +120,19 @@ class Callers:
         for graph in self._graphs:
             forget(graph)
 
-    def _choose(self, args: Sequence[Any]) -> Call:
+    def _choose(self, args: Sequence[Any]) -> Choice:
         caller = self._caller(args)
         if not caller.training():
-            return EXACT, 0
+            return Choice(EXACT, 0)
         turn = caller.session.begin(caller.identity, self._options.seed)
-        return (EXACT if caller.session.is_exact else caller.at_step(turn.step)), turn.seed
+        if caller.session.is_exact:
+            return Choice(EXACT, turn.seed)
+        if caller.controller is None:
+            return Choice(caller.at_step(turn.step), turn.seed)
+        trained = {position: args[position] for position in self._variants.subject.parameters}
+        device = args[self._variants.subject.parameters[0]].device
+        key, page = caller.controller.turn(turn.step, trained, device)
+        return Choice(key, turn.seed, page)
 
     def _caller(self, args: Sequence[Any]) -> Caller:
         if self._parameter is None:
@@ -126,45 +142,90 @@ class Callers:
         # The number of an object that is gone may be given to another one.
         if known is not None and known[0]() is parameter:
             return known[1]
-        caller = self._newcomer(parameter)
+        caller = self._newcomer(parameter, args)
         self._remember(parameter, caller)
         return caller
 
     def _remember(self, parameter: torch.Tensor, caller: Caller) -> None:
         self._known[id(parameter)] = (weakref.ref(parameter), caller)
 
-    def _newcomer(self, parameter: torch.Tensor) -> Caller:
+    def _newcomer(self, parameter: torch.Tensor, args: Sequence[Any]) -> Caller:
         base = self.first.owner
         model = compiled_model() or base.the_model()
         path = parameter_path(model, parameter)
         if model is None or not path or not base.parameter:
             return self.first
         owner = replace(base, model=weakref.ref(model), parameter=path)
-        return self._plan_for(owner, _moved(self._analysis, base.parameter, path))
+        return self._plan_for(owner, _moved(self._analysis, base.parameter, path), args)
 
-    def _plan_for(self, owner: Owner, analysis: Analysis) -> Caller:
+    def _plan_for(self, owner: Owner, analysis: Analysis, inputs: Sequence[Any]) -> Caller:
         session = session_of(owner.the_model())
         identity = owner.identity(analysis.sites)
         offset = session.layer_offset(identity, analysis.layers)
-        plan = make_plan(analysis, self._options, offset, owner.product_modules())
+        modules = owner.product_modules()
+        options = replace(self._options, budget=session.budget(self._options.budget))
+        plan = make_plan(analysis, options, offset, modules)
+        session.add_plan(identity, plan)
+        caller = Caller(owner, identity, session, plan, self._layers(plan, analysis))
+        own, graph = analysis is self._analysis, None
+        if not own or not self._graphs:
+            graph = record(analysis, plan, self._key if own else "", self._variants.log)
+            self._graphs.append(graph)
+        names = parameter_names(owner.the_model(), inputs, self._variants.subject.parameters)
+        part = Part(analysis, self._options, offset, modules, session, names)
+        self._steer(caller, part, graph)
+        return caller
+
+    def _layers(self, plan: Plan, analysis: Analysis) -> dict[int, int]:
         planned = replacements(plan, analysis.sites)
-        layers = {
+        return {
             # The graph knows its sites by their nodes: what they are called elsewhere is no matter.
             self._variants.position(replacement): decision.layer
             for replacement, decision in zip(planned, plan.approximated, strict=True)
         }
-        session.add_plan(identity, plan)
-        own = analysis is self._analysis
-        if not own or not self._graphs:
-            graph = record(analysis, plan, self._key if own else "", self._variants.log)
-            self._graphs.append(graph)
-        return Caller(owner, identity, session, plan, layers)
+
+    def _steer(self, caller: Caller, part: Part, graph: TrainingGraph | None) -> None:
+        """Give a caller its controller, or note why it has none."""
+        reason = why_not(part.analysis, self._options, self._frozen)
+        if reason is not None:
+            caller.session.add_unmeasured(caller.identity, reason)
+            return
+
+        def adopt(plan: Plan) -> None:
+            caller.plan, caller.layers = plan, self._layers(plan, part.analysis)
+            caller.session.add_plan(caller.identity, plan)
+            if graph is not None:
+                graph.plan = plan
+            callers = [known for _, known in self._known.values()]
+            in_use = {frozenset(other.layers) for other in (caller, *callers)}
+            self._variants.retire(in_use, self._options.max_variants)
+
+        current = Subplan(
+            plan=lambda: caller.plan,
+            at_step=caller.at_step,
+            numbers=lambda: frozenset(caller.layers),
+            adopt=adopt,
+        )
+        steered = controller_of(part, self._variants, current)
+        if isinstance(steered, str):
+            caller.session.add_unmeasured(caller.identity, steered)
+            return
+        caller.controller = steered
+        caller.session.add_controller(caller.identity, steered)
 
 
 def first_parameter(inputs: Sequence[Any]) -> int | None:
     """Return the position of the first parameter among a graph's inputs; None without one."""
     positions = (i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
     return next(positions, None)
+
+
+def parameter_names(
+    model: torch.nn.Module | None, inputs: Sequence[Any], positions: Sequence[int]
+) -> dict[int, str]:
+    """Return the paths of parameters in the model, by position among a graph's inputs."""
+    paths = {} if model is None else {id(p): path for path, p in model.named_parameters()}
+    return {i: paths.get(id(inputs[i]), f"parameter {i}") for i in positions}
 
 
 def _moved(analysis: Analysis, old: str, new: str) -> Analysis:

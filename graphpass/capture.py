@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphpass import fingerprint, joint_graph, traffic
 from graphpass.dependence import Flow, flow_of
+from graphpass.ends import Ends, ends_of
 from graphpass.site import PathOf, Site, find_sites
 
 
@@ -30,6 +31,7 @@ class Analysis:
         saved_bytes: bytes kept from forward to backward by the exact graph, parameters left out.
         variants: the same for every approximate variant compiled so far, by its identity.
         flow: which gradient enters which product; see `graphpass.dependence`.
+        ends: which parameters weight gradients are the gradients of; see `graphpass.ends`.
         remembered: whether it was read from disk.
         rest_bytes: bytes read and written by each kernel of a step that computes no product, for
             the sizes of the example inputs.
@@ -42,6 +44,7 @@ class Analysis:
     saved_bytes: int = 0
     variants: dict[str, int] = field(default_factory=dict)
     flow: Flow = ()
+    ends: Ends = ()
     nested: bool = False
     remembered: bool = False
     rest_bytes: tuple[int, ...] = ()
@@ -94,6 +97,7 @@ class _SiteRecorder(CustomGraphPass):
         self.rest_bytes: tuple[int, ...] = ()
         self.device = "cpu"
         self.flow: Flow = ()
+        self.ends: Ends = ()
 
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
@@ -101,6 +105,7 @@ class _SiteRecorder(CustomGraphPass):
         self.device = _device(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
         self.flow = flow_of(graph, self.sites)
+        self.ends = ends_of(graph, self.sites, self.parameters)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
@@ -194,6 +199,7 @@ def analyse(
             rest_bytes=recorder.rest_bytes,
             device=recorder.device,
             flow=recorder.flow,
+            ends=recorder.ends,
         )
     return None
 

@@ -41,6 +41,11 @@ class Reason(StrEnum):
     UNSUPPORTED_SHAPE = "the method has no form for this shape"
     NOT_CHEAPER = "the method would do no less work than the exact product"
     NEVER_SCHEDULED = "the schedule never selects this layer"
+    GIVEN_PLAN = "the plan was given, and is not changed"
+    DYNAMIC_SIZES = "sizes are dynamic: nothing can be compiled once training runs"
+    NO_WEIGHTS = "no product of the graph is a weight gradient"
+    NOTHING_PAYS = "no approximation saves time"
+    OVER_BUDGET = "measured noise stays over the budget"
     NESTED_REGION = "the graph has control flow or nested regions"
 
 

@@ -106,6 +106,18 @@ def output_values(graph: Graph) -> list[Any]:
     return leaves
 
 
+def gradients(graph: Graph) -> dict[int, Node]:
+    """Return the gradients that the graph returns, by the position of the input they belong to."""
+    (output,) = graph.find_nodes(op="output")
+    descriptions = output.meta.get("desc") or []
+    found = {}
+    for value, description in zip(output_values(graph), descriptions, strict=False):
+        index = getattr(getattr(description, "grad_of", None), "idx", None)
+        if isinstance(value, Node) and isinstance(index, int):
+            found[index] = value
+    return found
+
+
 def module_path(node: Node) -> str:
     """Return the path of the module that `node` was traced in, relative to the traced frame.
 

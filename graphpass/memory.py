@@ -16,7 +16,7 @@ from graphpass.errors import Reason
 from graphpass.site import ConvGeometry, Gradient, Site
 
 # Files of another format are looked at anew.
-_VERSION = 2
+_VERSION = 3
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def load(key: str) -> Analysis | None:
             dict(record["hints"]),
             int(record["saved_bytes"]),
             dict(record["variants"]),
-            flow=tuple((int(tail), int(head)) for tail, head in record["flow"]),
+            flow=_pairs(record["flow"]),
+            ends=_pairs(record["ends"]),
             remembered=True,
             rest_bytes=tuple(map(int, record["rest_bytes"])),
             device=str(record["device"]),
@@ -72,6 +73,10 @@ def _path(key: str) -> Path:
 
 def _dim_from(dim: int | str) -> Dim:
     return dim if isinstance(dim, int) else sympy.sympify(dim)
+
+
+def _pairs(record: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(tail), int(head)) for tail, head in record)
 
 
 def _site_from(record: dict[str, Any]) -> Site:

@@ -1,22 +1,40 @@
-"""What is known of the noise of a step: of its gradient, and of what approximations add to it.
+"""What is known of noise: of single approximations, of the batch, and so of a plan.
 
-For the gradient g of a mini-batch, V = E|g - E g|^2 is the noise that it has; an approximation adds
-E|approximate - E approximate|^2, and a biased one |E approximate - exact|^2 beside.
+With g the gradient of a mini-batch and ĝ that of a plan, V = E|g - E g|^2 is the noise that the
+choice of the batch makes, and A = E|ĝ - g|^2, over the draws of the approximations, what the plan
+adds. The number of steps to a given loss grows with tau = A / V and r = V / |E g|^2 by
+1 + tau r / (1 + r) (McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
+arXiv:1812.06162: steps are proportional to 1 + r, and a plan makes 1 + tau times the noise).
+
+Errors of weight gradients stay where they are made, so their noise adds. The error of an input
+gradient flows on into every layer before it: a relative error of it is taken for the same
+relative error of all weight gradients that it reaches, times a factor that a probe measures.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any
+
+from graphpass.errors import ConfigError
+
+# Site, method, and the method's parameters as canonical JSON.
+Key = tuple[str, str, str]
+# Weight gradients that an input gradient flows into, by site.
+Reach = Mapping[str, tuple[str, ...]]
+
+_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class LocalNoise:
-    """What one approximation does to the product of one site.
+    """What an approximation adds to the product it replaces; sums over the elements.
 
     Attributes:
-        noise: E|approximate - E approximate|^2 of the product, summed over its elements, mean over
-            batches.
+        noise: E|approximate - E approximate|^2, over the draws.
         bias: |E approximate - exact|^2.
-        square: |exact|^2 of the product, of one batch.
+        square: |exact|^2, of one batch.
     """
 
     noise: float
@@ -24,25 +42,146 @@ class LocalNoise:
     square: float
 
 
-# Site id, method name, canonical JSON of the method's parameters.
-Key = tuple[str, str, str]
+@dataclass(frozen=True, slots=True)
+class NoiseTable:
+    """What a plan's noise is worked out from.
+
+    Attributes:
+        entries: of every candidate, by site, method and parameters.
+        variance: E|g - E g|^2 of a weight gradient, by its site; parameters that no product
+            belongs to (norms, biases) by a name of their own.
+        square: |E g|^2, by the same names.
+        correction: by how much more input gradients' errors reach the weights than supposed.
+        source: "measured", or "prior" for what is supposed before anything was measured.
+    """
+
+    entries: Mapping[Key, LocalNoise] = field(default_factory=dict)
+    variance: Mapping[str, float] = field(default_factory=dict)
+    square: Mapping[str, float] = field(default_factory=dict)
+    correction: float = 1.0
+    source: str = "measured"
+
+    @property
+    def ratio(self) -> float:
+        """The noise of the batch against the gradient, r = V / |E g|^2."""
+        return _divided(sum(self.variance.values()), sum(self.square.values()))
+
+    def scaled(self, factor: float) -> "NoiseTable":
+        """Return the table with every candidate's noise multiplied."""
+        entries = {
+            key: replace(entry, noise=entry.noise * factor) for key, entry in self.entries.items()
+        }
+        return replace(self, entries=entries)
+
+    def to_json(self) -> str:
+        """Return the table as JSON, which `from_json` reads."""
+        record = {
+            "version": _VERSION,
+            "entries": [[*key, *asdict(entry).values()] for key, entry in self.entries.items()],
+            "variance": dict(self.variance),
+            "square": dict(self.square),
+            "correction": self.correction,
+            "source": self.source,
+        }
+        return json.dumps(record)
+
+    @classmethod
+    def from_json(cls, text: str) -> "NoiseTable":
+        """Return the table that `to_json` wrote.
+
+        Raises:
+            ConfigError: if the text is something else, or from a newer version.
+        """
+        try:
+            return _table(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"this is no noise table: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseTable:
-    """The noise of a graph's gradients, and of candidates for its sites.
+class PlanNoise:
+    """What a plan adds to the gradient.
 
     Attributes:
-        entries: what each candidate does to its site.
-        variance: V by layer: E|g - E g|^2 of the weight gradient, by the id of its site.
-        square: |E g|^2 by the same key.
-        correction: tau that the errors of input gradients were measured to make, over what their
-            local errors predict.
-        source: "measured" or "prior".
+        tau: the noise it adds against the batch's own.
+        from_inputs: the part of `tau` that comes from input gradients.
+        bias: its squared bias against |E g|^2.
     """
 
-    entries: Mapping[Key, LocalNoise]
-    variance: Mapping[str, float]
-    square: Mapping[str, float]
-    correction: float = 1.0
-    source: str = "measured"
+    tau: float
+    from_inputs: float
+    bias: float
+
+
+def key_of(site: str, method: str, params: Any) -> Key:
+    """Return the key of a candidate.
+
+    Args:
+        site: `Site.id`.
+        method: name of the method.
+        params: its parameters, a record or a mapping.
+    """
+    values = asdict(params) if is_dataclass(params) else dict(params)  # type: ignore[arg-type]
+    return site, method, json.dumps(values, sort_keys=True)
+
+
+def plan_noise(table: NoiseTable, chosen: Iterable[Key], reach: Reach) -> PlanNoise:
+    """Return what a plan adds.
+
+    Args:
+        table: what is known of its candidates and of the batch.
+        chosen: the candidates that it uses; products not named are exact. Those of forward
+            products are left out: what they add is not linear.
+        reach: weight gradients that each input gradient flows into.
+
+    Raises:
+        KeyError: if a candidate is not in the table.
+    """
+    local = inputs = bias = 0.0
+    for key in chosen:
+        entry, site = table.entries[key], key[0]
+        if site in reach:
+            reached = sum(
+                table.variance.get(w, 0.0) + table.square.get(w, 0.0) for w in reach[site]
+            )
+            inputs += table.correction * _divided(entry.noise, entry.square) * reached
+            bias += table.correction * _divided(entry.bias, entry.square) * reached
+        elif site in table.variance:
+            local += entry.noise
+            bias += entry.bias
+    variance, square = sum(table.variance.values()), sum(table.square.values())
+    return PlanNoise(
+        _divided(local + inputs, variance), _divided(inputs, variance), _divided(bias, square)
+    )
+
+
+def steps_inflation(tau: float, ratio: float) -> float:
+    """Return how many times as many steps a plan needs to the same loss.
+
+    Args:
+        tau: noise of the plan against that of the batch.
+        ratio: noise of the batch against the gradient, V / |E g|^2; may be infinite.
+    """
+    return 1.0 + tau * (1.0 if math.isinf(ratio) else ratio / (1.0 + ratio))
+
+
+def _table(record: Mapping[str, Any]) -> NoiseTable:
+    if record["version"] != _VERSION:
+        raise ValueError(f"its format is {record['version']!r}; this version reads {_VERSION}")
+    entries = {
+        (str(site), str(method), str(params)): LocalNoise(*map(float, numbers))
+        for site, method, params, *numbers in record["entries"]
+    }
+    variance, square = (
+        {str(name): float(value) for name, value in record[kind].items()}
+        for kind in ("variance", "square")
+    )
+    source = str(record["source"])
+    return NoiseTable(entries, variance, square, float(record["correction"]), source)
+
+
+def _divided(part: float, whole: float) -> float:
+    """Return the ratio: 0 of nothing, and infinity where there is something but nothing of it."""
+    if part == 0:
+        return 0.0
+    return part / whole if whole > 0 else math.inf

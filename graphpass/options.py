@@ -35,6 +35,8 @@ class Options:
         plan: a `Plan`, or the path of a plan file, to use instead of planning.
         seed: seed of every random draw, in [0, 2**31).
         probe_every: steps from one measurement of the noise to the next.
+        decay_budget: whether a budget that is a number falls with the learning rate, in proportion
+            to the largest so far; `Session.follow` tells it which optimizer to look at.
         warmup_steps: number of first steps that are exact.
         total_steps: length of the training run in steps, for schedules that end relative to it.
         inductor: Inductor configuration patches, as `torch.compile(options=...)` takes them.
@@ -51,6 +53,7 @@ class Options:
     plan: Plan | str | Path | None = None
     seed: int = 0
     probe_every: int = 500
+    decay_budget: bool = False
     warmup_steps: int = 0
     total_steps: int | None = None
     inductor: Mapping[str, Any] | None = None
@@ -74,8 +77,9 @@ class Options:
         _check_integer("max_variants", self.max_variants, 1, None)
         if self.total_steps is not None:
             _check_integer("total_steps", self.total_steps, 1, None)
-        if not isinstance(self.strict, bool):
-            raise ConfigError(f"strict={self.strict!r}: give True or False")
+        for name in ("strict", "decay_budget"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         _check_inductor(self.inductor, self.mode)
         if self.plan is not None and not isinstance(self.plan, (Plan, str, Path)):
             raise ConfigError(f"plan={self.plan!r}: give a Plan or the path of a plan file")

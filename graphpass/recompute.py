@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import _CheckpointFrame
 
-# The sites that a call approximates, and the seed of its draws.
-Call = tuple[frozenset[int], int]
+from graphpass.variants import Choice
 
 
 class Recomputation:
@@ -19,13 +18,13 @@ class Recomputation:
 
     def __init__(self) -> None:
         """Remember nothing yet."""
-        self._chosen: weakref.WeakKeyDictionary[_CheckpointFrame, list[Call]]
+        self._chosen: weakref.WeakKeyDictionary[_CheckpointFrame, list[Choice]]
         self._chosen = weakref.WeakKeyDictionary()
         # Calls seen again so far, by region and by the backward pass that asks for them.
         self._position: weakref.WeakKeyDictionary[_CheckpointFrame, dict[int, int]]
         self._position = weakref.WeakKeyDictionary()
 
-    def choose(self, fresh: Callable[[], Call]) -> Call:
+    def choose(self, fresh: Callable[[], Choice]) -> Choice:
         """Return what the first run of this call was given, or a fresh choice for a first run."""
         region, backward = _region(), torch._C._current_graph_task_id()
         if region is None:

@@ -6,15 +6,17 @@ call `advance` once per optimizer step, or let `follow(optimizer)` do it.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from codegen import draws
+from graphpass.budget import Budget, check_budget
 from graphpass.errors import ConfigError
+from graphpass.measuring import Measured, joined
 from graphpass.plan import Plan
 
 _STATE_VERSION = 1
@@ -27,8 +29,27 @@ class Turn(NamedTuple):
     seed: int
 
 
+class Steered(Protocol):
+    """What keeps the plan of a graph within its budget, as far as a session knows it."""
+
+    measured: Measured | None
+    note: str
+
+    def budget_changed(self) -> None:
+        """Plan again."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        ...
+
+
 class Session:
-    """State of one model: the step counter, exact sections, and the plans of its graphs."""
+    """State of one model: steps, exact sections, the plans of its graphs and their noise."""
 
     def __init__(self) -> None:
         """Start at step 0, counting every training forward."""
@@ -43,6 +64,13 @@ class Session:
         # By `Owner.identity`, in the order of the forward pass.
         self._layers: dict[str, tuple[int, int]] = {}
         self._plans: dict[str, Plan] = {}
+        # By caller, in the order they were compiled; and why others are not measured.
+        self._controllers: dict[str, Steered] = {}
+        self._unmeasured: dict[str, str] = {}
+        self._resumed_controllers: list[Mapping[str, Any]] = []
+        self._budget: Budget | None = None
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._highest_rate = 0.0
 
     @property
     def step(self) -> int:
@@ -60,6 +88,47 @@ class Session:
         """Whether an `exact` section is open."""
         return self._exact_depth > 0
 
+    @property
+    def noise(self) -> Measured | None:
+        """What was measured last, over all graphs; None before the first measurement."""
+        found = [c.measured for c in self._controllers.values() if c.measured is not None]
+        return joined(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why a graph is not measured, or why its plan was given up."""
+        notes = [*self._unmeasured.values(), *(c.note for c in self._controllers.values())]
+        return tuple(dict.fromkeys(note for note in notes if note))
+
+    def set_budget(self, budget: Budget) -> None:
+        """Plan for another budget, from the next step on, by what is known of the noise.
+
+        Raises:
+            ConfigError: if it is no budget, or no plan of this model is made by the planner.
+        """
+        check_budget(budget)
+        if self._plans and not self._controllers:
+            raise ConfigError(
+                f"set_budget({budget!r}): no plan of this model is made by the planner "
+                f"({'; '.join(self.notes)}); compile it with options={{'budget': ...}} alone"
+            )
+        self._budget = budget
+        for controller in self._controllers.values():
+            controller.budget_changed()
+
+    def budget(self, given: Budget) -> Budget:
+        """Return the budget as set here, or else the one given."""
+        return given if self._budget is None else self._budget
+
+    def decay(self, wanted: bool) -> float:
+        """Return by what a budget falls: learning rate over the largest so far; 1 if not wanted."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if not wanted or optimizer is None:
+            return 1.0
+        rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
+        self._highest_rate = max(self._highest_rate, rate)
+        return rate / self._highest_rate if self._highest_rate else 1.0
+
     def advance(self) -> None:
         """Count one optimizer step; from the first call on, forwards are not counted any more."""
         self._counts_forwards = False
@@ -73,6 +142,8 @@ class Session:
             optimizer: the optimizer of the model's parameters.
         """
         self._counts_forwards = False
+        self._optimizer = weakref.ref(optimizer)
+        self.decay(wanted=True)
         optimizer.register_step_post_hook(lambda *_: self.advance())
 
     @contextmanager
@@ -93,6 +164,8 @@ class Session:
             "step": self.step,
             "counts_forwards": self._counts_forwards,
             "calls": calls,
+            "controllers": [c.state_dict() for c in self._controllers.values()],
+            "highest_rate": self._highest_rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +189,13 @@ class Session:
             )
         self._step, self._counts_forwards = step, bool(counts)
         self._calls.clear()
+        self._highest_rate = float(state.get("highest_rate", 0.0))
+        # States of earlier versions have none.
+        self._resumed_controllers = list(state.get("controllers", []))
+        for controller, saved in zip(
+            self._controllers.values(), self._resumed_controllers, strict=False
+        ):
+            controller.load_state_dict(saved)
         self._resumed_calls = calls
         for caller, count in zip(self._callers, calls, strict=False):
             self._calls[caller] = count
@@ -153,6 +233,23 @@ class Session:
     def add_plan(self, owner: str, plan: Plan) -> None:
         """Note the plan of a graph; a recompilation of the same code replaces it."""
         self._plans[owner] = plan
+
+    def add_controller(self, caller: str, controller: Steered) -> None:
+        """Note what steers a caller, and let it go on from a loaded state.
+
+        Raises:
+            ConfigError: if the loaded state is not that of this model.
+        """
+        number = len(self._controllers)
+        if caller not in self._controllers and number < len(self._resumed_controllers):
+            controller.load_state_dict(self._resumed_controllers[number])
+        self._controllers[caller] = controller
+        self._unmeasured.pop(caller, None)
+
+    def add_unmeasured(self, caller: str, reason: str) -> None:
+        """Note why nothing is measured of a caller."""
+        self._unmeasured[caller] = reason
+        self._controllers.pop(caller, None)
 
 
 def _counts(calls: object) -> bool:

@@ -24,7 +24,11 @@ _KEPT_META = (
 
 
 def splice(
-    graph: Graph, anchor: Node, function: Callable[..., Tensor], args: Sequence[Node | int]
+    graph: Graph,
+    anchor: Node,
+    function: Callable[..., Tensor],
+    args: Sequence[Node | int],
+    like: Node | None = None,
 ) -> Node:
     """Insert the operations of `function(*args)` before `anchor`.
 
@@ -33,9 +37,10 @@ def splice(
 
     Args:
         graph: the graph that holds `anchor`.
-        anchor: node that the operations are put before, and whose metadata they inherit.
+        anchor: node that the operations are put before.
         function: pure function of tensors and sizes that returns one tensor.
         args: nodes of the graph and integers.
+        like: node whose metadata they inherit; the anchor, if none is given.
 
     Returns:
         The node of the result.
@@ -47,7 +52,8 @@ def splice(
     placeholders = [node for node in body.nodes if node.op == "placeholder"]
     # A node of the body stands for a node of the graph, or, for an integer argument, for itself.
     copies: dict[Node, Any] = dict(zip(placeholders, args, strict=True))
-    inherited = {key: anchor.meta[key] for key in _KEPT_META if key in anchor.meta}
+    meta = (like or anchor).meta
+    inherited = {key: meta[key] for key in _KEPT_META if key in meta}
     with graph.inserting_before(anchor):
         for node in body.nodes:
             if node.op == "placeholder":

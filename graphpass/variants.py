@@ -9,9 +9,9 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._guards import TracingContext, tracing
@@ -20,13 +20,31 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import codegen.kernels  # noqa: F401  (graphs that come out of a cache name our operators)
+from codegen import notes
 from graphpass import fingerprint
 from graphpass.capture import SavedBytes, UserPasses
+from graphpass.probe import ProbePass
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder
+from graphpass.sheet import Probe, Sheet, Subject
 
 Compiled = Callable[..., Any]
 Active = frozenset[int]
+Key = Active | Probe
 EXACT: Active = frozenset()
+
+
+class Choice(NamedTuple):
+    """What a call of the graph runs.
+
+    Attributes:
+        key: the sites that are approximated, or a probe.
+        seed: seed of the draws.
+        notes: where a probe leaves its numbers.
+    """
+
+    key: Key
+    seed: int
+    notes: torch.Tensor | None = None
 
 
 class RewritePass(CustomGraphPass):
@@ -92,8 +110,10 @@ class Variants:
         self.parameters = parameters
         # Every planned site of every caller; a variant is a set of positions in this list.
         self.replacements: list[Replacement] = []
+        # What probes look at.
+        self.subject = Subject((), tuple(sorted(parameters)))
         self.context = TracingContext.try_get()
-        self.compiled: dict[Active, Compiled] = {}
+        self.compiled: dict[Key, Compiled] = {}
         self.log = VariantLog()
 
     def adopt_exact(self, compiled: Any) -> None:
@@ -113,34 +133,65 @@ class Variants:
         self.replacements.append(replacement)
         return len(self.replacements) - 1
 
-    def compile(self, active: Active, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
-        """Return the compiled variant that approximates the sites `active`.
+    def sheet(self, probe: Probe) -> Sheet:
+        """Return how the notes of a probe are laid out."""
+        return self.subject.sheet(len(probe.candidates))
+
+    def compile(self, key: Key, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
+        """Return the compiled variant that approximates some sites, or that probes.
 
         Args:
-            active: positions in `replacements`.
+            key: positions in `replacements`, or a probe.
             inputs: example inputs of the graph.
             seed: example of the seed input.
         """
-        if active in self.compiled:
-            return self.compiled[active]
+        if key in self.compiled:
+            return self.compiled[key]
         gm = copy_of(self.gm)
         patches = dict(self.patches)
+        if isinstance(key, Probe):
+            page = notes.fresh(self.sheet(key).size, seed.device)
+            inputs = [*inputs, seed, page]
+            _add_inputs(gm, approx_seed=seed, approx_notes=page)
+            users = UserPasses(patches)
+            looked_at = self._chosen(key.candidates), self._chosen(key.plan)
+            patches["joint_custom_pre_pass"] = ProbePass(*looked_at, self.subject, users)
+            self.compiled[key] = self.compile_raw(gm, inputs, patches)
+            return self.compiled[key]
         partitioner = SavedBytes(patches, self.parameters)
-        if active:
+        if key:
             inputs = [*inputs, seed]
-            _add_seed_input(gm, seed)
-            chosen = [self.replacements[i] for i in sorted(active)]
-            rewriting = RewritePass(chosen, UserPasses(patches))
-            self.log.keys[active] = rewriting.uuid()
+            _add_inputs(gm, approx_seed=seed)
+            rewriting = RewritePass(self._chosen(key), UserPasses(patches))
+            self.log.keys[key] = rewriting.uuid()
             patches |= {
                 "joint_custom_pre_pass": rewriting,
                 "custom_partitioner_fn": partitioner,
             }
-        self.compiled[active] = self.compile_raw(gm, inputs, patches)
-        self.log.compiled.append(active)
+        self.compiled[key] = self.compile_raw(gm, inputs, patches)
+        self.log.compiled.append(key)
         if partitioner.count is not None:
-            self.log.saved_bytes[active] = partitioner.count
-        return self.compiled[active]
+            self.log.saved_bytes[key] = partitioner.count
+        return self.compiled[key]
+
+    def retire(self, in_use: Collection[Active], limit: int) -> None:
+        """Drop what no plan runs any more; what was compiled stays in Inductor's cache.
+
+        Args:
+            in_use: the sites that each plan approximates.
+            limit: most approximate variants; there is room for one more afterwards.
+        """
+        for key in list(self.compiled):
+            if isinstance(key, Probe) and key.plan and key.plan not in in_use:
+                del self.compiled[key]
+        alive = [key for key in self.log.compiled if key and key in self.compiled]
+        old = [key for key in alive if key not in in_use]
+        for key in old[: max(0, len(alive) - limit + 1)]:
+            del self.compiled[key]
+            self.log.compiled.remove(key)
+
+    def _chosen(self, numbers: Active) -> list[Replacement]:
+        return [self.replacements[i] for i in sorted(numbers)]
 
     def compile_raw(
         self, gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
@@ -175,7 +226,7 @@ class Dispatcher:
     def __init__(
         self,
         variants: Variants,
-        choose: Callable[[Sequence[Any]], tuple[Active, int]],
+        choose: Callable[[Sequence[Any]], Choice],
         compiled: Callable[[], None],
         device: torch.device,
         limit: int,
@@ -186,7 +237,7 @@ class Dispatcher:
 
         Args:
             variants: the variants, some of them compiled.
-            choose: returns the sites to approximate in a call, and the seed of its draws.
+            choose: returns what a call runs.
             compiled: called after a variant was compiled.
             device: where the seed input lives.
             limit: most variants that may be compiled.
@@ -201,7 +252,7 @@ class Dispatcher:
         self._limit = limit
         self.frozen = frozen
         self._strict = strict
-        self._refused: set[Active] = set()
+        self._refused: set[Key] = set()
         context = variants.context
         self._first_on_fakes = context is not None and context.fakify_first_call
 
@@ -209,12 +260,14 @@ class Dispatcher:
         """Run one call of the graph."""
         if self._first_on_fakes:
             return self._run_all_on_fakes(args)
-        active, seed = self._choose(args)
-        if not active:
+        key, seed, page = self._choose(args)
+        if not key:
             return self._get(EXACT, args)(*args)
-        variant = self._get(active, args)
+        variant = self._get(key, args)
         if variant is self.variants.compiled.get(EXACT):
             return variant(*args)
+        if page is not None:
+            return variant(*args, self.seed_tensor(seed), page)
         return variant(*args, self.seed_tensor(seed))
 
     def seed_tensor(self, seed: int) -> torch.Tensor:
@@ -224,7 +277,7 @@ class Dispatcher:
         """
         return torch.full((), seed, dtype=torch.int64, device=self._device)
 
-    def _get(self, active: Active, args: Sequence[Any]) -> Compiled:
+    def _get(self, active: Key, args: Sequence[Any]) -> Compiled:
         variant = self.variants.compiled.get(active)
         if variant is not None:
             return variant
@@ -253,10 +306,11 @@ class Dispatcher:
         fake = context.fake_mode.from_tensor
         return [fake(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
 
-    def _may_compile(self, active: Active) -> bool:
-        if not active:
+    def _may_compile(self, active: Key) -> bool:
+        if not active or (isinstance(active, Probe) and not self.frozen):
             return True
-        approximate = sum(1 for other in self.variants.compiled if other)
+        compiled = self.variants.compiled
+        approximate = sum(1 for other in compiled if other and not isinstance(other, Probe))
         if not self.frozen and approximate < self._limit:
             return True
         self._refused.add(active)
@@ -277,6 +331,7 @@ class Dispatcher:
         results = [
             variant(*args, seed) if active else variant(*args)
             for active, variant in self.variants.compiled.items()
+            if not isinstance(active, Probe)
         ]
         return results[0]
 
@@ -312,11 +367,13 @@ def warn_once(message: str) -> None:
 _WARNED: set[str] = set()
 
 
-def _add_seed_input(gm: GraphModule, seed: torch.Tensor) -> None:
-    *_, last = gm.graph.find_nodes(op="placeholder")
-    with gm.graph.inserting_after(last):
-        placeholder = gm.graph.placeholder("approx_seed")
-    placeholder.meta["example_value"] = seed
-    # It comes from nowhere in the user's program.
-    placeholder._dynamo_source = None
+def _add_inputs(gm: GraphModule, **examples: torch.Tensor) -> None:
+    """Add inputs behind the last one."""
+    for name, example in examples.items():
+        *_, last = gm.graph.find_nodes(op="placeholder")
+        with gm.graph.inserting_after(last):
+            placeholder = gm.graph.placeholder(name)
+        placeholder.meta["example_value"] = example
+        # It comes from nowhere in the user's program.
+        placeholder._dynamo_source = None
     gm.recompile()

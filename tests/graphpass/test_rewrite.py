@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphpass
-from graphpass import rewrite, variants, verify
+from graphpass import products, rewrite, variants, verify
 from graphpass.errors import RewriteError
 from graphpass.method import Method, get_method
 from graphpass.rewrite import Replacement, seed_placeholder
@@ -404,7 +404,7 @@ def test_a_faulty_rewrite_is_noticed(
     stand_in: Callable[..., Any],
     message: str,
 ) -> None:
-    monkeypatch.setattr(rewrite, name, stand_in)
+    monkeypatch.setattr(products if name == "_laid_out" else rewrite, name, stand_in)
     # A graph that comes out of the cache would not be rewritten.
     with torch._functorch.config.patch(enable_autograd_cache=False):
         with pytest.raises(BackendCompilerFailed, match=f"RewriteError: {message}"):

@@ -1,0 +1,156 @@
+"""What steers one caller of a compiled graph: which candidates are measured, and what is asked for.
+
+Plans that the user made, by naming methods or by handing one in, are left as they are.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from graphpass import pricing as prices
+from graphpass.budget import AccuracyDrop, Speedup
+from graphpass.candidates import ladder
+from graphpass.capture import Analysis
+from graphpass.controller import Controller, Policy, Subplan
+from graphpass.dependence import reached
+from graphpass.errors import ConfigError, Reason
+from graphpass.measuring import Names
+from graphpass.noise import NoiseTable, key_of
+from graphpass.options import Options
+from graphpass.plan import Plan
+from graphpass.planner import make_plan, replacements
+from graphpass.prediction import Prediction, predict
+from graphpass.pricing import Pricing
+from graphpass.products import Replacement
+from graphpass.session import Session
+from graphpass.site import Gradient
+from graphpass.variants import Variants
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a model that is steered.
+
+    Attributes:
+        analysis: what its graph holds, by the names of this part.
+        options: what the user asked for.
+        offset: number of layers in the graphs before this one.
+        modules: paths of the model's modules that may hold products; None if not known.
+        session: the model's session.
+        parameters: names of the parameters by their position among the graph's inputs.
+    """
+
+    analysis: Analysis
+    options: Options
+    offset: int
+    modules: Collection[str] | None
+    session: Session
+    parameters: Mapping[int, str]
+
+
+def why_not(analysis: Analysis, options: Options, frozen: bool) -> str | None:
+    """Return why nothing is measured of a graph; None if it is.
+
+    Args:
+        analysis: what the graph holds.
+        options: what the user asked for.
+        frozen: whether no variant can be compiled once training runs.
+    """
+    if isinstance(options.methods, Mapping) or options.plan is not None:
+        return Reason.GIVEN_PLAN.value
+    if options.budget == 0:
+        return Reason.BUDGET_ZERO.value
+    if frozen:
+        return Reason.DYNAMIC_SIZES.value
+    return None if analysis.ends else Reason.NO_WEIGHTS.value
+
+
+def controller_of(part: Part, variants: Variants, current: Subplan) -> Controller | str:
+    """Return what keeps the plan of a part within its budget, or why nothing does."""
+    pricing = prices.of(part.analysis, torch.get_num_threads())
+    numbers = {}
+    for replacement in (
+        *replacements(current.plan(), part.analysis.sites),
+        *_offers(part, pricing),
+    ):
+        key = key_of(replacement.site.id, replacement.method.name, replacement.params)
+        numbers[variants.position(replacement)] = key
+    if not numbers:
+        return Reason.NOTHING_PAYS.value
+    sites = part.analysis.sites
+    weights: dict[str, tuple[int, ...]] = {}
+    for number, position in part.analysis.ends:
+        weights[sites[number].id] = (*weights.get(sites[number].id, ()), position)
+    reach = {
+        sites[number].id: tuple(sites[i].id for i in found)
+        for number, found in reached(part.analysis.flow, sites).items()
+        if sites[number].gradient is Gradient.INPUT
+    }
+    names = Names(numbers, part.parameters, weights, reach)
+    return Controller(_policy(part, pricing, current), variants.subject, names, current)
+
+
+def _offers(part: Part, pricing: Pricing) -> list[Replacement]:
+    """Return every approximation that the planner may choose and that saves time."""
+    options, found = part.options, []
+    schedule = options.resolved_schedule()
+    names = None if options.methods is None else tuple(options.methods)
+    for site in part.analysis.sites:
+        legal = site.gradient.value in options.gradients and site.reason is None
+        if not legal or not schedule.may_select(site.layer + part.offset):
+            continue
+        exact_s = pricing.exact(site).seconds
+        for method, params in ladder(site, names):
+            if (method.unbiased or options.max_bias) and method.reject(site, params) is None:
+                price = pricing.approximate(site, method, params)
+                # What is shared may be paid for by another product.
+                if price.seconds - sum(price.shared.values()) < exact_s:
+                    found.append(Replacement(site, method, params))
+    return found
+
+
+def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
+    options, schedule = part.options, part.options.resolved_schedule()
+
+    def asked() -> Any:
+        """Return the budget as it is now: as set in the session, and decayed."""
+        budget = part.session.budget(options.budget)
+        if isinstance(budget, AccuracyDrop):
+            budget = budget.tau
+        if isinstance(budget, (str, Speedup)):
+            return budget
+        return budget * part.session.decay(options.decay_budget)
+
+    def limit() -> float | None:
+        budget = asked()
+        return None if isinstance(budget, (str, Speedup)) else float(budget)
+
+    def replan(table: NoiseTable) -> Plan:
+        wanted = replace(options, budget=asked())
+        try:
+            return make_plan(part.analysis, wanted, part.offset, part.modules, table, pricing)
+        except ConfigError:
+            # What was possible by the prior is not by what was measured: the plan stays.
+            return current.plan()
+
+    def score(plan: Plan, table: NoiseTable) -> float:
+        planned = replacements(plan, part.analysis.sites)
+        return _figure(asked())(predict(part.analysis, planned, pricing, table))
+
+    first = max(options.warmup_steps - _MEASURING_STEPS, schedule.start - _MEASURING_STEPS, 0)
+    return Policy(options.probe_every, replan, limit, score, first, schedule.stop)
+
+
+# A plan that begins later is measured right before.
+_MEASURING_STEPS = 40
+
+
+def _figure(budget: Any) -> Callable[[Prediction], float]:
+    """Return what a budget leaves to be made small."""
+    if isinstance(budget, Speedup):
+        return lambda prediction: prediction.tau or 0.0
+    if isinstance(budget, str):
+        return lambda prediction: prediction.time_ratio or 1.0
+    return lambda prediction: prediction.step_s
