@@ -91,7 +91,7 @@ class _SiteRecorder(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         self.users(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
-        self.flow = flow_of(graph, self.sites)
+        self.flow = flow_of(graph, self.sites, self.parameters)
         self.hints = _hints(graph)
 
     def uuid(self) -> str:
