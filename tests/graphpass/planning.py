@@ -53,12 +53,12 @@ class Prices:
     rest_s: float = 0.0
 
     def exact(self, site: Site) -> Price:
-        return Price(1.0 + site.layer / 100, source="calibrated")
+        return Price(1.0 + site.layer / 100, {}, "calibrated")
 
     def approximate(self, site: Site, method: Method, params: Any) -> Price:
         part = self.parts.get(method.name, 2.0) + getattr(params, "keep", 0.0) / 10
         shared = {f"{site.name}:g": 0.25} if method.name == "int8" else {}
-        return Price(self.exact(site).seconds * part, shared, source="calibrated")
+        return Price(self.exact(site).seconds * part, shared, "calibrated")
 
     def rest(self) -> Price:
-        return Price(self.rest_s, source="calibrated")
+        return Price(self.rest_s, {}, "calibrated")
