@@ -27,6 +27,8 @@ def plan(
 ) -> Plan:
     """Return the plan that training `model` with these options would follow.
 
+    Its prediction says what it is expected to gain and to cost, before anything was measured.
+
     Args:
         model: the model, not compiled; planned in training mode, left as it is.
         inputs: what the model is called with; tensors (real or fake) and anything else.
@@ -35,7 +37,8 @@ def plan(
         options: fields of `Options`.
 
     Raises:
-        ConfigError: if an option is not legal, or the model trains nothing.
+        ConfigError: if an option is not legal, the budget cannot be met, or the model trains
+            nothing.
     """
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise ConfigError(f"plan: give the model itself, not compiled; got {type(model).__name__}")
