@@ -19,6 +19,8 @@ AUTO = "auto"
 class Speedup:
     """The least noise with which a step is predicted to be so many times faster.
 
+    A model that is compiled in several graphs has to reach it in each of them.
+
     Attributes:
         factor: exact step time over planned step time; at least 1.
     """

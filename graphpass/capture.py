@@ -104,7 +104,7 @@ class _SiteRecorder(CustomGraphPass):
         self.rest_bytes = traffic.kernel_bytes(graph)
         self.device = _device(graph)
         self.sites = find_sites(graph, self.parameters, self.path_of)
-        self.flow = flow_of(graph, self.sites)
+        self.flow = flow_of(graph, self.sites, self.parameters)
         self.ends = ends_of(graph, self.sites, self.parameters)
         self.hints = _hints(graph)
 

@@ -2,12 +2,13 @@
 
 An error in an input gradient goes on to the layers before it: through normalisations, activations
 and shortcuts, into the weight gradients there, and into further input gradients. What is kept of
-the joint graph for that question is a small directed graph: the sites, by their position, and the
-few places besides where several gradients meet and part again (shortcuts), by higher numbers.
+the joint graph for that question is a small directed graph: the sites, by their position, one place
+for the graphs before this one, by the number of sites, and the few places besides where several
+gradients meet and part again (shortcuts), by higher numbers.
 """
 
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import networkx
 import torch
@@ -23,12 +24,13 @@ Flow = tuple[tuple[int, int], ...]
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def flow_of(graph: Graph, sites: Sequence[Site]) -> Flow:
+def flow_of(graph: Graph, sites: Sequence[Site], parameters: Collection[int]) -> Flow:
     """Return how gradients flow from product to product.
 
     Args:
         graph: a joint graph.
         sites: its products.
+        parameters: positions of the parameters among the example inputs.
     """
     places: dict[str, list[int]] = {}
     for number, site in enumerate(sites):
@@ -43,26 +45,27 @@ def flow_of(graph: Graph, sites: Sequence[Site]) -> Flow:
             if joint_graph.is_backward(source):
                 tails = _tails(source, node, places, sites)
                 flow.add_edges_from((tail, head) for tail in tails for head in heads)
+    flow.add_edges_from((node.name, len(sites)) for node in _leaving(graph, parameters))
     return _numbered(_contracted(flow), graph, len(sites))
 
 
 def reached(flow: Flow, sites: Sequence[Site]) -> dict[int, tuple[int, ...]]:
     """Return the weight gradients that the errors of each site reach, by position.
 
-    Those of a weight gradient reach nothing, and those of a forward product every one of them.
+    Those of a weight gradient reach nothing, and those of a forward product every one of them. What
+    leaves the graph for one before it, of which nothing is known here, counts as much as if it
+    reached every one of this graph too.
     """
     weights = [i for i, site in enumerate(sites) if site.gradient is Gradient.WEIGHT]
     mask = sum(1 << i for i in weights)
     below = _closure(flow)
     result = {}
     for number, site in enumerate(sites):
-        if site.gradient is Gradient.FORWARD:
-            result[number] = tuple(weights)
-        elif site.gradient is Gradient.INPUT:
-            bits = below.get(number, 0) & mask
-            result[number] = tuple(i for i in weights if bits >> i & 1)
-        else:
-            result[number] = ()
+        bits = below.get(number, 0)
+        if site.gradient is Gradient.FORWARD or bits >> len(sites) & 1:
+            bits = mask
+        wanted = () if site.gradient is Gradient.WEIGHT else weights
+        result[number] = tuple(i for i in wanted if bits >> i & 1)
     return result
 
 
@@ -76,6 +79,18 @@ def _closure(flow: Flow) -> dict[int, int]:
             bits |= below[following] | 1 << following
         below[place] = bits
     return below
+
+
+def _leaving(graph: Graph, parameters: Collection[int]) -> Iterator[Node]:
+    """Yield the gradients that are handed to another graph, or to the user: no parameter's."""
+    inputs = [
+        node for node in graph.find_nodes(op="placeholder") if "tangents" not in str(node.target)
+    ]
+    # The last results are the gradients of the inputs, one each.
+    gradients = joint_graph.output_values(graph)[-len(inputs) :] if inputs else []
+    for node, gradient in zip(inputs, gradients, strict=True):
+        if isinstance(gradient, Node) and joint_graph.input_index(node) not in parameters:
+            yield gradient
 
 
 def _tails(
@@ -109,6 +124,6 @@ def _contracted(flow: "networkx.DiGraph[Hashable]") -> "networkx.DiGraph[Hashabl
 
 def _numbered(flow: "networkx.DiGraph[Hashable]", graph: Graph, sites: int) -> Flow:
     kept = [node.name for node in graph.nodes if node.name in flow]
-    numbers = {name: number for number, name in enumerate(kept, start=sites)}
+    numbers = {name: number for number, name in enumerate(kept, start=sites + 1)}
     edges = ((numbers.get(tail, tail), numbers.get(head, head)) for tail, head in flow.edges)
     return tuple(sorted(edges))

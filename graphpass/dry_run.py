@@ -28,6 +28,8 @@ def plan(
 ) -> Plan:
     """Return the plan that training `model` with these options would follow.
 
+    Its prediction says what it is expected to gain and to cost, before anything was measured.
+
     Args:
         model: the model, not compiled; planned in training mode, left as it is.
         inputs: what the model is called with; tensors (real or fake) and anything else.
@@ -36,7 +38,8 @@ def plan(
         options: fields of `Options`.
 
     Raises:
-        ConfigError: if an option is not legal, or the model trains nothing.
+        ConfigError: if an option is not legal, the budget cannot be met, or the model trains
+            nothing.
     """
     return _planned(model, inputs, loss, Options.from_dict(options)).session.plan
 

@@ -63,34 +63,44 @@ def make_plan(
         ConfigError: if a method or parameter is not legal, a pattern matches nothing, the
             given plan was made for another model, or the budget cannot be met.
     """
+    given = options.resolved_plan()
     schedule = options.resolved_schedule()
-    given, sites = options.resolved_plan(), analysis.sites
-    warmup_steps = options.warmup_steps
-    chosen: Selection | None = None
-    if pricing is None:
-        pricing = prices.of(analysis, torch.get_num_threads())
-    if given is not None:
-        if options.schedule is None:
-            schedule = given.schedule
-        decisions = [_follow(given, site, options, schedule, offset) for site in sites]
-        warmup_steps = max(warmup_steps, given.warmup_steps)
-    else:
-        rules = _rules(options)
-        _check_patterns(rules, sites, modules)
-        if isinstance(options.methods, Mapping) or options.budget == 0:
-            decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
-        else:
-            chosen = _select(analysis, options, schedule, offset, noise, pricing)
-            decisions = _chosen(chosen, analysis, offset)
-    plan = Plan(tuple(decisions), schedule, warmup_steps)
+    if given is not None and options.schedule is None:
+        schedule = given.schedule
+    plan = _named(analysis, options, given, schedule, offset, modules)
     if options.budget == 0:
         # Nothing is to be predicted, and nothing is to take time.
         return plan
-    others = dict(zip((s.id for s in sites), chosen.others, strict=True)) if chosen else None
-    frontier = chosen.frontier if chosen else ()
-    planned = replacements(plan, sites)
-    prediction = predict(analysis, planned, pricing, noise, frontier, others)
+    if pricing is None:
+        pricing = prices.of(analysis, torch.get_num_threads())
+    if given is not None or isinstance(options.methods, Mapping):
+        planned = replacements(plan, analysis.sites)
+        return replace(plan, prediction=predict(analysis, planned, pricing, noise))
+    chosen = _select(analysis, options, schedule, offset, noise, pricing)
+    plan = replace(plan, decisions=tuple(_chosen(chosen, analysis, offset)))
+    planned = replacements(plan, analysis.sites)
+    others = dict(zip((site.id for site in analysis.sites), chosen.others, strict=True))
+    prediction = predict(analysis, planned, pricing, noise, chosen.frontier, others)
     return replace(plan, prediction=prediction)
+
+
+def _named(
+    analysis: Analysis,
+    options: Options,
+    given: Plan | None,
+    schedule: Schedule,
+    offset: int,
+    modules: Collection[str] | None,
+) -> Plan:
+    """Return what the user decided: by a plan, by naming methods, by a budget of 0."""
+    sites = analysis.sites
+    if given is not None:
+        followed = [_follow(given, site, options, schedule, offset) for site in sites]
+        return Plan(tuple(followed), schedule, max(options.warmup_steps, given.warmup_steps))
+    rules = _rules(options)
+    _check_patterns(rules, sites, modules)
+    decisions = [_decide(site, options, rules, schedule, offset) for site in sites]
+    return Plan(tuple(decisions), schedule, options.warmup_steps)
 
 
 def replacements(plan: Plan, sites: Sequence[Site]) -> tuple[Replacement, ...]:

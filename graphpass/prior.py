@@ -18,11 +18,10 @@ from graphpass.site import Gradient, Site
 SOURCE = "prior"
 # V / |E g|^2: 1.2 after 200 steps of ResNet-20, and about 4 over a run of it.
 _NOISE_RATIO = 4.0
-# Layers of ResNet-20 with a weight, the classifier among them. Those that were approximated are all
-# but the first and the last.
+# Layers of ResNet-20 with a weight, the classifier among them; all but the first were approximated.
 _LAYERS = 20
-_APPROXIMATED = range(2, _LAYERS)
-# Fraction of the layers that the input gradients of that network reach, added up.
+_APPROXIMATED = range(2, _LAYERS + 1)
+# Parts of the gradient that the errors of all their input gradients reach, added up.
 _REACHED = sum((layer - 1) / _LAYERS for layer in _APPROXIMATED)
 
 
@@ -53,7 +52,10 @@ def noise_table(
 def _local(site: Site, prior: Prior) -> LocalNoise:
     """Return the noise of a site that would add up to the prior over ResNet-20."""
     if site.gradient is Gradient.WEIGHT:
-        return LocalNoise(prior.tau, prior.bias / _NOISE_RATIO, 1.0 + 1 / _NOISE_RATIO)
+        share = _LAYERS / len(_APPROXIMATED)
+        return LocalNoise(
+            prior.tau * share, prior.bias * share / _NOISE_RATIO, 1.0 + 1 / _NOISE_RATIO
+        )
     # An error in a forward product reaches all layers, and one in an input gradient some.
     reached = len(_APPROXIMATED) if site.gradient is Gradient.FORWARD else _REACHED
     return LocalNoise(

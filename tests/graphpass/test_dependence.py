@@ -102,6 +102,19 @@ def test_shortcuts_cost_a_few_edges_a_layer(folder: Path) -> None:
     assert len(large.flow) / len(large.sites) < 1.3 * len(small.flow) / len(small.sites) < 4
 
 
+def test_what_leaves_a_graph_is_not_taken_for_harmless(folder: Path) -> None:
+    net = NETS["graph_break"]
+    graphpass.plan(net.build(), *net.batch(4), budget=0)
+    found = {}
+    for path in folder.glob("*.json"):
+        analysis = memory.load(path.stem)
+        assert analysis is not None
+        found.update(names(analysis))
+    # What enters these graphs comes from the one before: its gradient goes back there.
+    assert found["blocks.broken.after:input"] >= {"blocks.broken.after:weight"}
+    assert found["blocks.broken.before:input"] == {"blocks.broken.before:weight"}
+
+
 def test_files_of_another_format_are_not_read(folder: Path) -> None:
     net = NETS["separable"]
     assert analysis_of(folder, net.build(), *net.batch(4)).flow

@@ -205,6 +205,10 @@ def test_what_is_no_plan(text: str) -> None:
         lambda record: record["decisions"][1].update(output=16),
         lambda record: record["decisions"][1].update(layer="first"),
         lambda record: record["decisions"][1].update(layer=None),
+        lambda record: record.update(prediction=5),
+        lambda record: record.update(prediction={}),
+        lambda record: record.update(prediction={"sites": [], "frontier": []}),
+        lambda record: record.update(prediction={"sites": {"a": {"exact_s": 1}}, "frontier": []}),
     ],
 )
 def test_corrupt_plans(edit: Callable[[Record], object]) -> None:
@@ -240,6 +244,11 @@ def test_corrupt_plans(edit: Callable[[Record], object]) -> None:
 def test_corrupt_plans_with_values_that_convert(edit: Callable[[Record], object]) -> None:
     with pytest.raises(ConfigError, match="plan"):
         Plan.from_json(edited(edit))
+
+
+def test_files_from_before_there_were_predictions_are_read() -> None:
+    text = edited(lambda record: (record.update(version=1), record.pop("prediction")))
+    assert Plan.from_json(text) == PLAN
 
 
 def test_a_deeply_nested_text_is_no_plan() -> None:

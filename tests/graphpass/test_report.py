@@ -175,6 +175,10 @@ def test_plan_covers_every_graph_of_a_model() -> None:
     plan = graphpass.plan(Broken(), torch.randn(3, 4), methods={"second": "zero"})
     assert [(d.site, d.layer) for d in plan.approximated] == [("second:weight", 2)]
     assert {d.site for d in plan.decisions} >= {"first:weight", "first:forward"}
+    # So does its prediction, with noise relative to that of all graphs: one of two layers is lost.
+    assert plan.prediction is not None
+    assert set(plan.prediction.sites) == {d.site for d in plan.decisions}
+    assert plan.prediction.bias == pytest.approx(1 / 2)
 
 
 def test_plan_takes_a_loss_and_fake_inputs() -> None:
