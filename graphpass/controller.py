@@ -105,6 +105,7 @@ class Controller:
         # Rounds of the plan alone since it was changed; 0 where the next looks at everything.
         self._checks = 0
         self._failures = 0
+        self._insisted = False
         self._budget_changed = False
 
     def turn(
@@ -200,6 +201,8 @@ class Controller:
         """Change a plan that adds more than it may; in the end, give in."""
         plan = self._current.plan()
         predicted = self._noise_of(plan).tau
+        if self._checks:
+            self._insist(tau, limit)
         if predicted:
             self._caution = max(self._caution, tau / predicted)
         for _ in range(_TRIES):
@@ -208,10 +211,19 @@ class Controller:
                 self._adopt(step, proposal)
                 return
             self._caution *= 2
-        self.note = f"measured noise of {tau:.3g} stays over the budget of {limit:.3g}"
-        warn_once(f"{self.note}, however it is planned: everything is exact for now")
+        self._insist(tau, limit)
         self._current.adopt(all_exact(plan, Reason.OVER_BUDGET.value))
         self._settle(step)
+
+    def _insist(self, tau: float, limit: float) -> None:
+        """Say, once, that less is approximated than the table allows."""
+        self.note = (
+            f"measured noise of {tau:.3g} is over the budget of {limit:.3g} after planning again: "
+            "less is approximated"
+        )
+        if not self._insisted:
+            warn_once(self.note)
+        self._insisted = True
 
     def _proposal(self) -> Plan:
         return self._policy.replan(self._table.scaled(self._caution))

@@ -95,7 +95,8 @@ class Sketch:
         return torch.cat(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums as lists of numbers."""
+        """Return the sums as lists of numbers, with what the last backward pass brought."""
+        self.fold()
         return {"sums": self._sums.tolist(), "last": self._last.tolist(), "pairs": self.pairs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
