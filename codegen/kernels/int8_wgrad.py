@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp, int8
+from codegen.gpu.int8 import weight_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
 aten = torch.ops.aten
@@ -396,5 +397,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -1,0 +1,227 @@
+"""Weight gradients as matrix products over output pixels, in Triton.
+
+A tile is BM output channels by BN columns; a column is a tap and an input channel, in that order.
+What is contracted is output pixels, all of them or those of a list, BK at a time. Few filters make
+few tiles: the pixels are shared out among SPLITS programs a tile, each writes its own sums, and
+another kernel adds them up in order, so that the same call gives the same bits.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen.gpu import source as gpu
+from codegen.gpu.products import Parts
+
+_MOST = 1 << 31
+# Programs that keep a GPU busy, and steps that are worth a program.
+_PROGRAMS, _STEPS = 2 * gpu.MULTIPROCESSORS, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One weight gradient, for `emit`.
+
+    Attributes:
+        result: where it is put: [Co, Ci/groups, KH, KW], meta.
+        out_size: of the output gradient: [B, Co, OH, OW].
+        size: of the input: [B, Ci, IH, IW], border included.
+        grad_strides: of the output gradient.
+        x_strides: of the input.
+        first: elements before the output gradient's first.
+        kernel: the kernel's spatial sizes.
+        stride: one number a spatial axis.
+        corner: rows and columns before the input's first that the first tap looks at.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        dtype: of both operands; int8 for bytes.
+        bordered: whether no tap falls outside.
+        zero: the byte that stands for zero.
+    """
+
+    result: Tensor
+    out_size: list[int]
+    size: list[int]
+    grad_strides: tuple[int, ...]
+    x_strides: tuple[int, ...]
+    first: int
+    kernel: list[int]
+    stride: list[int]
+    corner: list[int]
+    dilation: list[int]
+    groups: int
+    dtype: torch.dtype
+    bordered: bool = False
+    zero: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What one kind of weight gradient puts into the common text.
+
+    Attributes:
+        text: the functions `pixel_of`, `left_of`, `right_of` and `finished`.
+        operands: names of tensors that the first three take at their end.
+        finish: names of those that the last takes.
+    """
+
+    text: str
+    operands: tuple[str, ...] = ()
+    finish: tuple[str, ...] = ()
+
+
+def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
+    """Return the pieces of the program for a weight gradient, or why there are none.
+
+    Args:
+        problem: the weight gradient.
+        pixels: output pixels that are contracted.
+        form: where they come from, and what becomes of operands and sums.
+    """
+    filters, depth = int(problem.result.shape[0]), int(problem.result.shape[1])
+    own, columns = filters // problem.groups, depth * prod(problem.kernel)
+    extents = (
+        1 + sum((n - 1) * step for n, step in zip(size, strides, strict=True))
+        for size, strides in (
+            (problem.out_size, problem.grad_strides), (problem.size, problem.x_strides)
+        )
+    )  # fmt: skip
+    tile = _tile(own, columns, problem.dtype)
+    tiles = gpu.ceil_div(own, tile["BM"]) * gpu.ceil_div(columns, tile["BN"]) * problem.groups
+    steps = gpu.ceil_div(pixels, tile["BK"])
+    splits = max(1, min(gpu.ceil_div(_PROGRAMS, tiles), steps // _STEPS))
+    steps = gpu.ceil_div(steps, splits)
+    byte = problem.dtype is torch.int8
+    if filters * columns >= _MOST or prod(problem.out_size) // filters >= _MOST:
+        return "weights or images that are too large"
+    if byte and steps * tile["BK"] << 14 >= _MOST:
+        return "sums that are too long"
+    maps = max(problem.out_size[2:]) > 1
+    constants: dict[str, Any] = {
+        "OG": own, "CG": depth, "GROUPS": problem.groups, "COLUMNS": columns, "CO": filters,
+        "OH": problem.out_size[2], "OW": problem.out_size[3],
+        "IH": problem.size[2], "IW": problem.size[3], "KW": problem.kernel[1],
+        "SH": problem.stride[0], "SW": problem.stride[1],
+        "PH": problem.corner[0], "PW": problem.corner[1],
+        "DH": problem.dilation[0], "DW": problem.dilation[1],
+        "PIXELS": pixels, "STEPS": steps, "SPLITS": splits, **tile,
+        "M_TILES": gpu.ceil_div(own, tile["BM"]),
+        # A tile of columns within a tap has one place in the image a pixel, not one a column.
+        "ONE_TAP": depth % tile["BN"] == 0, "BORDERED": problem.bordered,
+        "FIRST": problem.first, "ZERO": problem.zero,
+        "SUM": "tl.int32" if byte else "tl.float32",
+        "PRECISION": gpu.precision(problem.dtype, maps),
+        "INDEX": gpu.index_type(*extents, splits * filters * columns),
+        **{f"GS{axis}": step for axis, step in enumerate(problem.grad_strides)},
+        **{f"XS{axis}": step for axis, step in enumerate(problem.x_strides)},
+        **gpu.strides("RS", problem.result),
+    }  # fmt: skip
+    warps = 8 if tile["BM"] * tile["BN"] >= 128 * 128 else 4
+    grid = f"({tiles // problem.groups}, {splits}, {problem.groups})"
+    operands, finish = (
+        "".join(f", {name}" for name in names) for names in (form.operands, form.finish)
+    )
+    lines = [
+        f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
+        f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out, num_warps=4)",
+    ]
+    text = (form.text + _TEXT).replace(", OPERANDS", operands).replace(", FINISH", finish)
+    sums = gpu.Scratch(splits * filters * columns, torch.int32 if byte else torch.float32)
+    return Parts(constants, text, lines, (sums,))
+
+
+def _tile(own: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    deep = {1: 128, 2: 64, 4: 32}[dtype.itemsize]
+    return {"BM": gpu.power(own, 16, 128), "BN": gpu.power(columns, 16, 128), "BK": deep}
+
+
+# Bytes of all pixels, of operands with a border. Both are read as they lie in memory, channels
+# side by side, which is across what tensor cores contract.
+BYTES = Form(
+    """
+@triton.jit
+def pixel_of(number, inside):
+    return number.to(INDEX)
+
+
+@triton.jit
+def signed(at, mask):
+    byte = tl.load(at, mask=mask, other=ZERO)
+    if ZERO == 128:
+        byte = byte ^ 128
+    return byte.to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def left_of(at, mask, number, inside):
+    return signed(at, mask)
+
+
+@triton.jit
+def right_of(at, mask, channel):
+    return signed(at, mask)
+
+
+@triton.jit
+def finished(sum, o, tap, channel, inside, grad_scale, input_scale):
+    return sum * tl.load(grad_scale) * tl.load(input_scale)
+
+""",
+    finish=("grad_scale", "input_scale"),
+)
+
+_TEXT = """
+@triton.jit
+def product(grad, x, OPERANDS, sums):
+    group = tl.program_id(2)
+    first = tl.program_id(0) // M_TILES * BN
+    o = tl.program_id(0) % M_TILES * BM + tl.arange(0, BM)
+    column = first + tl.arange(0, BN)
+    tap = (first // CG) if ONE_TAP else (column // CG)[None, :]
+    tap_y = tap // KW * DH
+    tap_x = tap % KW * DW
+    channel = group * CG + column % CG
+    sum = tl.zeros([BM, BN], dtype=SUM)
+    for step in range(0, STEPS):
+        number = (tl.program_id(1) * STEPS + step) * BK + tl.arange(0, BK)
+        inside = number < PIXELS
+        pixel = pixel_of(number, inside, OPERANDS)
+        image = pixel // (OH * OW)
+        row = pixel // OW % OH
+        line = pixel % OW
+        left_at = FIRST + image * GS0 + row * GS2 + line * GS3
+        left_at = grad + left_at[:, None] + ((group * OG + o) * GS1)[None, :]
+        left = left_of(left_at, inside[:, None] & (o < OG)[None, :], number, inside, OPERANDS)
+        y = (row * SH - PH)[:, None] + tap_y
+        z = (line * SW - PW)[:, None] + tap_x
+        mask = inside[:, None] & (column < COLUMNS)[None, :]
+        if not BORDERED:
+            mask = mask & (y >= 0) & (y < IH) & (z >= 0) & (z < IW)
+        right_at = (image * XS0)[:, None] + y * XS2 + z * XS3
+        right_at = x + right_at + (channel * XS1)[None, :]
+        right = right_of(right_at, mask, channel, OPERANDS)
+        sum = tl.dot(tl.trans(left), right, sum, input_precision=PRECISION, out_dtype=SUM)
+    at = (tl.program_id(1) * CO + group * OG + o).to(INDEX)[:, None] * COLUMNS + column[None, :]
+    tl.store(sums + at, sum, mask=(o < OG)[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit
+def finish(sums, FINISH, out):
+    i = tl.program_id(0).to(INDEX) * 256 + tl.arange(0, 256)
+    inside = i < CO * COLUMNS
+    sum = tl.zeros([256], dtype=tl.float32)
+    for split in range(0, SPLITS):
+        at = sums + i + split * (CO * COLUMNS)
+        sum += tl.load(at, mask=inside, other=0).to(tl.float32)
+    o = i // COLUMNS
+    tap = i % COLUMNS // CG
+    channel = i % CG
+    value = finished(sum, o, tap, channel, inside, FINISH)
+    out_at = o * RS0 + channel * RS1 + tap // KW * RS2 + tap % KW * RS3
+    tl.store(out + out_at, value.to(out.dtype.element_ty), mask=inside)
+
+
+"""
