@@ -199,13 +199,14 @@ def _input_axis(problem: Product, axis: int, length: int, rest: int) -> tuple[in
 _BYTES = """
 @triton.jit
 def read(at, inside):
-    if WHOLE:
-        byte = tl.load(at)
+    # With a zero point of 0 a byte is the number: it goes to the tensor cores as it is.
+    if ZERO == 0:
+        at = at.to(tl.pointer_type(tl.int8), bitcast=True)
+    byte = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=ZERO)
+    if ZERO == 0:
+        return byte
     else:
-        byte = tl.load(at, mask=inside, other=ZERO)
-    if ZERO == 128:
-        byte = byte ^ 128
-    return byte.to(tl.int8, bitcast=True)
+        return (byte ^ ZERO).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -217,10 +218,7 @@ def scaled(sum, first_scale, second_scale):
 _FLOATS = """
 @triton.jit
 def read(at, inside):
-    if WHOLE:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=inside, other=0.0)
+    return tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit

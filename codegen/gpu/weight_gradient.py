@@ -126,7 +126,7 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
     )
     lines = [
         f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
-        f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out, num_warps=4)",
+        f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)",
     ]
     text = (form.text + _TEXT).replace(", OPERANDS", operands).replace(", FINISH", finish)
     sums = gpu.Scratch(splits * filters * columns, torch.int32 if byte else torch.float32)
@@ -149,9 +149,10 @@ def pixel_of(number, inside):
 
 @triton.jit
 def signed(at, mask):
+    # The conversion costs nothing, and makes of the load one that Triton pipelines.
     byte = tl.load(at, mask=mask, other=ZERO)
-    if ZERO == 128:
-        byte = byte ^ 128
+    if ZERO != 0:
+        byte = byte ^ ZERO
     return byte.to(tl.int8, bitcast=True)
 
 
@@ -171,6 +172,31 @@ def finished(sum, o, tap, channel, inside, grad_scale, input_scale):
 
 """,
     finish=("grad_scale", "input_scale"),
+)
+
+# Floats of all pixels, as they are.
+PLAIN = Form(
+    """
+@triton.jit
+def pixel_of(number, inside):
+    return number.to(INDEX)
+
+
+@triton.jit
+def left_of(at, mask, number, inside):
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def right_of(at, mask, channel):
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def finished(sum, o, tap, channel, inside):
+    return sum
+
+"""
 )
 
 _TEXT = """
