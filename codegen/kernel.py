@@ -141,7 +141,10 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
         return "the sizes are symbolic"
     if devices == {"cuda"}:
         program = triton_program(kernel, *args)
-        return program if isinstance(program, str) else None
+        if isinstance(program, str):
+            return program
+        _announce(kernel, program, args)
+        return None
     tools = build.toolchain()
     if isinstance(tools, str):
         return tools
@@ -150,6 +153,14 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
         return source
     build.start(source.text)
     return None
+
+
+def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
+    for listener in gpu_build.LISTENERS:
+        results = kernel.fake(*args)
+        outputs = (results,) if isinstance(results, Tensor) else results
+        tensors = [arg for arg in (*args, *outputs) if isinstance(arg, Tensor)]
+        listener(kernel.name, program, [tensor.dtype for tensor in tensors])
 
 
 def triton_program(kernel: Kernel, *args: Any) -> Program | str:

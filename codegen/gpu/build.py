@@ -6,6 +6,7 @@ finds it in its own cache on disk. The file is named after the primitive and a h
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,10 @@ def load(name: str, program: Program) -> ModuleType:
 
 
 _LOADED: dict[Path, ModuleType] = {}
+
+# Told of every program that a graph is going to need, and of the types of operands and results: who
+# has processors to spare may compile them meanwhile (`codegen.gpu.ahead.warm`).
+LISTENERS: list[Callable[[str, Program, list[torch.dtype]], None]] = []
 
 
 def launch(module: ModuleType, program: Program, tensors: list[Tensor]) -> None:
