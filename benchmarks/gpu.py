@@ -78,7 +78,8 @@ class Run:
 
     def run(self, tasks: Sequence[Task], at_once: int) -> None:
         """Run processes, as many at once; keep their records and write everything down."""
-        waiting, running = list(tasks), []
+        waiting = list(tasks)
+        running: list[tuple[Task, subprocess.Popen[bytes], Path, float]] = []
         while waiting or running:
             while waiting and len(running) < at_once:
                 running.append((task := waiting.pop(0), *self._start(task)))

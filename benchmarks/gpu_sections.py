@@ -8,12 +8,12 @@ A section prints lines of JSON, one a result, as soon as it has it.
 import argparse
 import json
 import statistics
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -98,7 +98,11 @@ def _triton_version() -> str:
 
 
 def correct(names: Sequence[str], device: str) -> Iterator[Record]:
-    """Yield, for each sample of the kernels named, the largest error against float64."""
+    """Compare kernels with their references.
+
+    Yields:
+        For each sample of the kernels named, the largest error against float64.
+    """
     for name in names:
         kernel = kernels()[name]
         with mock.patch.object(int8, "zero_point", lambda _: 0 if device == "cuda" else 128):
@@ -127,7 +131,8 @@ def _error(kernel: Kernel, number: int, device: str, form: str) -> Record:
     if form == "tf32" and (device == "cpu" or not any(_is(arg, torch.float32) for arg in args)):
         return {"none": "no float32 in it"}
     precision = "tf32" if form == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision
+    settings: Any = torch.backends.cudnn
+    settings.conv.fp32_precision = precision
     torch.set_float32_matmul_precision("high" if form == "tf32" else "highest")
     moved = tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
     results = _run(kernel, moved)
@@ -136,8 +141,8 @@ def _error(kernel: Kernel, number: int, device: str, form: str) -> Record:
     wanted = _tuple(kernel.reference(*_map(args, Tensor.double)))
     bound = _tuple(kernel.reference(*_map(args, lambda x: x.double().abs())))
     error, allowed = 0.0, 0.0
-    for result, expected, size in zip(_tuple(results), wanted, bound, strict=True):
-        result = result.cpu()
+    given = [result.cpu() for result in _tuple(results)]
+    for result, expected, size in zip(given, wanted, bound, strict=True):
         if not result.is_floating_point():
             error = max(error, float((result != expected).sum()))
             continue
@@ -238,7 +243,9 @@ def _parts(lowered: Callable[[], Tensor], device: str) -> list[Record]:
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Note(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace == "approx":
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
@@ -248,7 +255,7 @@ def _parts(lowered: Callable[[], Tensor], device: str) -> list[Record]:
     parts = []
     for number, (func, args) in enumerate(calls):
         name = f"{number}:{func.name().removeprefix('approx::')}"
-        seconds = gpu_timing.times({name: lambda f=func, a=args: f(*a)}, device, turns=3)
+        seconds = gpu_timing.times({name: partial(func, *args)}, device, turns=3)
         parts.append({"operator": name, "s": statistics.median(seconds[name])})
     return parts
 
@@ -328,4 +335,4 @@ def _all_finite(args: tuple[Any, ...]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

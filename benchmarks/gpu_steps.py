@@ -125,7 +125,8 @@ def make_step(name: str, dtype: str, device: str, setting: str) -> Step:
     inductor: dict[str, Any] = {"triton.cudagraphs": True} if "CUDA graphs" in setting else {}
     options = SETTINGS[setting]
     if options is not None:
-        compiled = torch.compile(model, backend=approx, options={**options, "inductor": inductor})
+        given: dict[str, Any] = {**options, "inductor": inductor}
+        compiled = torch.compile(model, backend=approx, options=given)
     elif "max-autotune" in setting:
         compiled = torch.compile(model, mode="max-autotune")
     else:

@@ -91,7 +91,7 @@ def _events(run: Run, count: int) -> float:
         run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / count
+    return float(start.elapsed_time(end)) / 1e3 / count
 
 
 def _clock(run: Run) -> float:

@@ -86,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def announce(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Trace every method on every layer named with fake tensors on a GPU; yield what failed."""
+    """Trace every method on every layer named with fake tensors on a GPU.
+
+    Yields:
+        What failed.
+    """
     shapes: list[tuple[int, ...]] = [(*s, 3, 1) for s in gpu_sections.GA] if "ga" in names else []
     shapes += gpu_sections.RESNET50 if "resnet50" in names else ()
     shapes += [(16, 32, 8, 3, 2)] if "tiny" in names else ()

@@ -254,7 +254,7 @@ class _GpuRunner:
             module = gpu_build.load(self.kernel.name, program)
             # Compiles: whatever Triton raises, it raises here and once.
             run_program(self.kernel, module, program, *args)
-        except Exception as error:  # noqa: BLE001 (Triton's compilers raise all kinds)
+        except Exception as error:
             _warn(self.kernel, error)
             return None
         return module, program

@@ -6,7 +6,6 @@ A program's `run` is called with stand-ins for its kernels, which note what woul
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -61,14 +60,13 @@ def launches(name: str, program: Program, dtypes: Sequence[torch.dtype]) -> list
 
             return note
 
-    stands = {
-        key: Stand(value)
-        for key, value in vars(module).items()
-        if isinstance(value, triton.JITFunction)
-    }
+    kernels = {k: v for k, v in vars(module).items() if isinstance(v, triton.JITFunction)}
     types = (*dtypes, *(scratch.dtype for scratch in program.scratch))
-    with mock.patch.multiple(module, **stands):
+    try:
+        vars(module).update({name: Stand(kernel) for name, kernel in kernels.items()})
         module.run(*(torch.empty(0, dtype=dtype, device="meta") for dtype in types))
+    finally:
+        vars(module).update(kernels)
     return noted
 
 

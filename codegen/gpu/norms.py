@@ -6,7 +6,6 @@ gradient is what sums by tap are. A program has a run of pixels, and its own sum
 
 import math
 
-import torch
 from torch import Tensor
 
 from codegen.gpu import source as gpu

@@ -120,7 +120,8 @@ def emit(problem: Product) -> Parts | str:
     constants |= {"W_N": constants[inner], "W_K": constants[outer]}
     constants["W_GROUP"] = constants["WS0"] * (channels if problem.forward else problem.contracted)
     constants["W_GROUP"] //= groups
-    lines, scratch = [], ()
+    lines: list[str] = []
+    scratch: tuple[gpu.Scratch, ...] = ()
     filters = "weight"
     if not problem.arranged:
         dtype = torch.uint8 if problem.dtype is torch.int8 else problem.dtype
@@ -176,8 +177,11 @@ def _phase(row: tuple[int, ...], column: tuple[int, ...]) -> dict[str, int]:
 
 
 def _forward_axis(problem: Product, axis: int, length: int) -> tuple[int, ...]:
-    """Return pixels, remainder, taps, the first tap and the step to the next one, where the first
-    tap of the first pixel looks, and how far the next tap looks from there.
+    """Return what a product needs to know of an axis.
+
+    Returns:
+        Pixels, their remainder, taps, the first tap and the step to the next one, where the first
+        tap of the first pixel looks, and how far the next tap looks from there.
     """
     at = problem.before[axis] - problem.padding[axis]
     return length, 0, problem.kernel[axis], 0, 1, at, problem.dilation[axis]

@@ -8,6 +8,7 @@ those of `codegen.draws`, to the bit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Program:
 
 def program(
     about: str,
-    constants: Mapping[str, int | float | bool | str],
+    constants: Mapping[str, Any],
     body: str,
     scratch: tuple[Scratch, ...] = (),
 ) -> Program:
@@ -77,8 +78,8 @@ def program(
 
     Args:
         about: what it is, for who reads the file.
-        constants: names in the body; texts stand for expressions of Triton's, such as types. With
-            `SALT` among them, the body can draw.
+        constants: names in the body, of numbers and texts; texts stand for expressions of Triton's,
+            such as types. With `SALT` among them, the body can draw.
         body: kernels, and `run`.
         scratch: what `run` needs at its end.
     """
@@ -140,8 +141,8 @@ def ceil_div(number: int, divisor: int) -> int:
 def tf32_settings() -> tuple[bool, bool]:
     """Return whether float32 may be multiplied as tf32: by convolutions, by matrix products."""
     # Asking the older `allow_tf32` raises where a program has used the newer name.
-    convolution = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return convolution, torch.get_float32_matmul_precision() != "highest"
+    settings: Any = torch.backends.cudnn
+    return settings.conv.fp32_precision == "tf32", torch.get_float32_matmul_precision() != "highest"
 
 
 def precision(dtype: torch.dtype, maps: bool) -> str:

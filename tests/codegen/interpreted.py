@@ -24,8 +24,7 @@ from codegen.gpu import build
 from codegen.kernel import Kernel, Sample, kernels, run_program, triton_program
 from tests.contract.test_kernels import _check, _map
 
-
-# Large for a program that interprets: groups of one or two channels, mostly. Run when they are named.
+# Large for a program that interprets, by their grids mostly. Run when their kernel is named.
 SLOW = {
     ("int8_dgrad", 5), ("int8_dgrad", 6), ("int8_forward", 4), ("int8_forward", 5),
     ("int8_wgrad", 6), ("pruned_dgrad", 4), ("pruned_dgrad", 5), ("pruned_dgrad", 6),
