@@ -13,6 +13,7 @@ after every section. Nothing is needed but torch, Triton and what torch brings a
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,8 @@ class Run:
                 if process.poll() is None and not late:
                     continue
                 if process.poll() is None:
-                    process.kill()
+                    # With whatever compiles for it.
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     task.failed = f"ended after {spent:.0f} s"
                 running.remove(item)
@@ -102,7 +104,9 @@ class Run:
         folder = Path(tempfile.mkdtemp(prefix="graphpass-gpu-"))
         command = [sys.executable, *task.arguments]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
+            )
         return process, folder, time.monotonic()
 
     def _note(self, task: Task, spent: float) -> None:

@@ -53,10 +53,11 @@ class Warmer:
         gpu_build.LISTENERS.remove(self.announce)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def announce(self, name: str, program: Program, dtypes: list[torch.dtype]) -> None:
+    def announce(self, name: str, program: Program, tensors: list[Tensor]) -> None:
         """Compile a program unless it has been announced before."""
         if program.text not in self.seen:
             self.seen.add(program.text)
+            dtypes = [tensor.dtype for tensor in tensors]
             future = self.pool.submit(ahead.warm, name, program, dtypes, self.arch)
             self.running[future] = f"{name}: {program.text.splitlines()[0]}"
 
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(record), flush=True)
 
 
-def announce(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def announce(
+    names: Sequence[str], dtypes: Sequence[str] = tuple(gpu_sections.DTYPES)
+) -> Iterator[dict[str, Any]]:
     """Trace every method on every layer named with fake tensors on a GPU.
 
     Yields:
@@ -95,7 +98,7 @@ def announce(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     shapes += gpu_sections.RESNET50 if "resnet50" in names else ()
     shapes += [(16, 32, 8, 3, 2)] if "tiny" in names else ()
     for shape in shapes:
-        for dtype in gpu_sections.DTYPES.values():
+        for dtype in (gpu_sections.DTYPES[name] for name in dtypes):
             with FakeTensorMode():
                 operands = _fake(shape, dtype)
                 for gradient in (Gradient.WEIGHT, Gradient.INPUT):

@@ -160,7 +160,7 @@ def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
         results = kernel.fake(*args)
         outputs = (results,) if isinstance(results, Tensor) else results
         tensors = [arg for arg in (*args, *outputs) if isinstance(arg, Tensor)]
-        listener(kernel.name, program, [tensor.dtype for tensor in tensors])
+        listener(kernel.name, program, tensors)
 
 
 def triton_program(kernel: Kernel, *args: Any) -> Program | str:

@@ -5,6 +5,7 @@ What methods that sample rows have in common. A linear layer is a convolution wi
 b * OH * OW + p.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +68,13 @@ def rows_of(site: Site, first: Tensor, second: Tensor) -> Rows:
 def channel_means(x: Tensor) -> Tensor:
     """Return the mean of every channel over a fixed part of the samples: [Ci], float32 or wider."""
     batch, step = x.shape[0], 1
-    pixels = x[0, 0].numel()
+    pixels = math.prod(x.shape[2:])
     if isinstance(batch, int) and isinstance(pixels, int):
         step = max(1, min(batch // _SAMPLES, batch * pixels // _PIXELS))
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x[::step].mean((0, *range(2, x.dim())), dtype=wide)
+    # Not `x[::step]`: Python's indexing wants a device, and a fake tensor may have none.
+    part: Tensor = torch.ops.aten.slice.Tensor(x, 0, 0, None, step)
+    return part.mean((0, *range(2, x.dim())), dtype=wide)
 
 
 def sampled(

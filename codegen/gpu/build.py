@@ -50,9 +50,9 @@ def load(name: str, program: Program) -> ModuleType:
 
 _LOADED: dict[Path, ModuleType] = {}
 
-# Told of every program that a graph is going to need, and of the types of operands and results: who
-# has processors to spare may compile them meanwhile (`codegen.gpu.ahead.warm`).
-LISTENERS: list[Callable[[str, Program, list[torch.dtype]], None]] = []
+# Told of every program that a graph is going to need, and of operands and results, which are fake:
+# who has processors to spare may compile them meanwhile (`codegen.gpu.ahead.warm`).
+LISTENERS: list[Callable[[str, Program, list[Tensor]], None]] = []
 
 
 def launch(module: ModuleType, program: Program, tensors: list[Tensor]) -> None:

@@ -193,9 +193,11 @@ def test_a_program_lies_in_a_file_named_after_kernel_and_text() -> None:
 def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_build, "toolchain", lambda: None)
     heard: list[tuple[str, list[torch.dtype]]] = []
-    monkeypatch.setattr(
-        gpu_build, "LISTENERS", [lambda name, program, dtypes: heard.append((name, dtypes))]
-    )
+
+    def hear(name: str, program: Program, tensors: list[Tensor]) -> None:
+        heard.append((name, [tensor.dtype for tensor in tensors]))
+
+    monkeypatch.setattr(gpu_build, "LISTENERS", [hear])
     with FakeTensorMode():
         assert unavailable(kernels()["int8_round"], *_round_args()) is None
     assert heard == [
