@@ -155,6 +155,14 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
     return None
 
 
+def missing_toolchain() -> str:
+    """Return why no kernel can be built on this machine; "" where some can."""
+    if torch.cuda.is_available():
+        return gpu_build.toolchain() or ""
+    tools = build.toolchain()
+    return tools if isinstance(tools, str) else ""
+
+
 def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
     for listener in gpu_build.LISTENERS:
         results = kernel.fake(*args)
