@@ -4,13 +4,15 @@ import os
 import uuid
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_dir() -> Path:
     """Return the user's cache directory for this project; `GRAPHPASS_CACHE_DIR` overrides it."""
-    override = os.environ.get("GRAPHPASS_CACHE_DIR")
-    return Path(override) if override else Path(platformdirs.user_cache_dir("graphpass"))
+    if override := os.environ.get("GRAPHPASS_CACHE_DIR"):
+        return Path(override)
+    # Imported here: a machine without it works where the variable is set.
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("graphpass"))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 """Tensors of 8-bit numbers: their layout, and the C++ that several kernels over them share.
 
-A tensor [B, C, H, W] is kept as bytes in the order [B, H, W, C], each value plus 128, with a border
-of zeros (that is, 128) around every image, so that the taps of a convolution need no test. After
-the last value follow `SLACK` bytes, so that a vector may be read from where the last pixel begins.
+A tensor [B, C, H, W] is kept as bytes in the order [B, H, W, C], each value plus `zero_point`, with
+a border of zeros (that is, of zero points) around every image, so that the taps of a convolution
+need no test. After the last value follow `SLACK` bytes, so that a vector may be read from where the
+last pixel begins.
 """
 
 import math
@@ -14,10 +15,17 @@ from torch import Tensor
 
 from codegen import build
 
-ZERO = 128
 SLACK = 64
 # A tensor's scale maps its largest magnitude to this; -128 only ever comes from rounding.
 LARGEST = 127
+
+
+def zero_point(device: torch.device) -> int:
+    """Return the byte that stands for 0: a CPU multiplies unsigned bytes, tensor cores signed ones.
+
+    With 0, a byte is the value's two's complement.
+    """
+    return 0 if device.type == "cuda" else 128
 
 
 def padded(size: list[int], before: list[int], after: list[int]) -> tuple[int, int, int, int]:
@@ -51,7 +59,7 @@ def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int32, of x's shape.
     """
-    largest, least = 65536.0 * LARGEST, -65536.0 * ZERO
+    largest, least = 65536.0 * LARGEST, -65536.0 * (LARGEST + 1)
     fixed = x.to(torch.float32) * (65536.0 / scale.to(torch.float32))
     fixed = fixed.nan_to_num(largest, largest, least).clamp(least, largest)
     random = (uniform * 65536.0).to(torch.int32)
@@ -59,10 +67,12 @@ def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
 
 
 def to_bytes(values: Tensor, before: list[int], after: list[int]) -> Tensor:
-    """Return the layout above of integers in [-127, 127]: [B, C, H, W] -> uint8, flat."""
-    border = [before[1], after[1], before[0], after[0]]
-    pixels = torch.nn.functional.pad(values + ZERO, border, value=ZERO).permute(0, 2, 3, 1)
-    return torch.nn.functional.pad(pixels.to(torch.uint8).reshape(-1), [0, SLACK], value=ZERO)
+    """Return the layout above of integers in [-128, 127]: [B, C, H, W] -> uint8, flat."""
+    border, zero = [before[1], after[1], before[0], after[0]], zero_point(values.device)
+    # Negative numbers wrap around to their two's complement.
+    biased = (values + zero) & 0xFF
+    pixels = torch.nn.functional.pad(biased, border, value=zero).permute(0, 2, 3, 1)
+    return torch.nn.functional.pad(pixels.to(torch.uint8).reshape(-1), [0, SLACK], value=zero)
 
 
 def from_bytes(
@@ -70,7 +80,9 @@ def from_bytes(
 ) -> Tensor:
     """Return the integers, without border: uint8, flat -> [B, C, H, W] of `dtype`."""
     shape = padded(size, before, after)
-    pixels = bytes_[: math.prod(shape)].view(shape).permute(0, 3, 1, 2).to(dtype) - ZERO
+    values = bytes_[: math.prod(shape)].view(shape).permute(0, 3, 1, 2)
+    zero = zero_point(bytes_.device)
+    pixels = values.to(dtype) - zero if zero else values.view(torch.int8).to(dtype)
     inside = pixels[:, :, before[0] : before[0] + size[2], before[1] : before[1] + size[3]]
     return inside.contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""A kernel primitive: its meaning in plain torch, its C++, and the registry of primitives.
+"""A kernel primitive: its meaning in plain torch, its C++ and Triton, and the registry.
 
 A primitive is one file in `codegen/kernels/`. It is registered as `torch.ops.approx.<name>`, an
 operator without side effects that the compiler leaves where it is.
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.library import Library
 
 from codegen import build
+from codegen.gpu import build as gpu_build
+from codegen.gpu.source import Program, tf32_settings
 
 Result = Tensor | tuple[Tensor, ...]
 
@@ -53,7 +55,7 @@ class Sample:
 class Kernel:
     """One primitive.
 
-    All functions take the operator's arguments. `fake` and `emit_cpp` read nothing of tensors but
+    All functions take the operator's arguments. `fake` and the emitters read nothing of tensors but
     shape, strides, dtype and device.
 
     Attributes:
@@ -63,6 +65,7 @@ class Kernel:
         fake: allocates the results, uninitialised.
         emit_cpp: returns the source specialised to the arguments, or why there is none.
         samples: arguments for the contract tests.
+        emit_triton: the same for a GPU.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Kernel:
     fake: Callable[..., Result]
     emit_cpp: Callable[..., Source | str]
     samples: Callable[[], tuple[Sample, ...]]
+    emit_triton: Callable[..., Program | str] | None = None
 
     @property
     def op(self) -> Any:
@@ -94,8 +98,12 @@ def register(kernel: Kernel) -> Kernel:
     # The source is specialised to strides: the compiler must pass those it was traced with.
     tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
     _LIBRARY.define(kernel.name + kernel.schema, tags=tags)
+    # One operator for both devices: a cached graph holds nothing but its name, and CUDA graphs
+    # record what it launches. NOTE [Why no triton_op]: a `triton_op` in a joint graph is either as
+    # opaque as this, or its kernels are traced into the graph, and then what the compiler caches
+    # refers to a table of this process.
     _LIBRARY.impl(kernel.name, _Runner(kernel), "CPU")
-    _LIBRARY.impl(kernel.name, kernel.reference, "CUDA")
+    _LIBRARY.impl(kernel.name, _GpuRunner(kernel), "CUDA")
     torch.library.register_fake(f"approx::{kernel.name}", kernel.fake, lib=_LIBRARY)
     return kernel
 
@@ -109,7 +117,7 @@ def kernels() -> MappingProxyType[str, Kernel]:
 
 
 def call(kernel: Kernel, *args: Any) -> Any:
-    """Call a kernel from code that is being traced: its operator where C++ can be built for it.
+    """Call a kernel from code that is being traced: its operator where it can be built.
 
     Elsewhere the reference is traced in place, so that the compiler fuses it.
     """
@@ -119,17 +127,24 @@ def call(kernel: Kernel, *args: Any) -> Any:
 
 
 def unavailable(kernel: Kernel, *args: Any) -> str | None:
-    """Return why there is no C++ for these arguments; None where there is, and begin building it.
+    """Return why nothing can be built for these arguments; None where it can, and begin.
 
     Args:
         kernel: the primitive.
         *args: its arguments; tensors may be fake.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "not on a CPU"
+    devices = {tensor.device.type for tensor in tensors}
+    if not devices <= {"cpu"} and not devices <= {"cuda"}:
+        return "not on a CPU or a GPU"
     if any(not isinstance(size, int) for x in tensors for size in (*x.shape, *x.stride())):
         return "the sizes are symbolic"
+    if devices == {"cuda"}:
+        program = triton_program(kernel, *args)
+        if isinstance(program, str):
+            return program
+        _announce(kernel, program, args)
+        return None
     tools = build.toolchain()
     if isinstance(tools, str):
         return tools
@@ -140,6 +155,49 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
     return None
 
 
+def missing_toolchain() -> str:
+    """Return why no kernel can be built on this machine; "" where some can."""
+    if torch.cuda.is_available():
+        return gpu_build.toolchain() or ""
+    tools = build.toolchain()
+    return tools if isinstance(tools, str) else ""
+
+
+def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
+    for listener in gpu_build.LISTENERS:
+        results = kernel.fake(*args)
+        outputs = (results,) if isinstance(results, Tensor) else results
+        tensors = [arg for arg in (*args, *outputs) if isinstance(arg, Tensor)]
+        listener(kernel.name, program, tensors)
+
+
+def triton_program(kernel: Kernel, *args: Any) -> Program | str:
+    """Return the Triton for these arguments, or why there is none."""
+    if (reason := gpu_build.toolchain()) is not None:
+        return reason
+    if kernel.emit_triton is None:
+        return f"{kernel.name} is not written in Triton"
+    return kernel.emit_triton(*args)
+
+
+def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a kernel is specialised to."""
+    return tuple(
+        (x.shape, x.stride(), x.dtype)
+        if isinstance(x, Tensor)
+        else tuple(x)
+        if isinstance(x, list)
+        else x
+        for x in args
+    )
+
+
+def _warn(kernel: Kernel, error: Exception) -> None:
+    # A training run is not lost for it: the reference computes the same, slowly.
+    message = f"graphpass: {kernel.name} runs in plain torch: {error}"
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
 class _Runner:
     """Runs a kernel on real tensors: the C++ for their shapes, or else the reference."""
 
@@ -148,14 +206,7 @@ class _Runner:
         self.launches: dict[tuple[Any, ...], tuple[build.Launch, int] | None] = {}
 
     def __call__(self, *args: Any) -> Result:
-        key = tuple(
-            (x.shape, x.stride(), x.dtype)
-            if isinstance(x, Tensor)
-            else tuple(x)
-            if isinstance(x, list)
-            else x
-            for x in args
-        )
+        key = _key(args)
         if key not in self.launches:
             self.launches[key] = self._prepare(args)
         prepared = self.launches[key]
@@ -180,10 +231,47 @@ class _Runner:
         try:
             return build.start(source.text).result(), source.scratch_bytes
         except (build.KernelBuildError, OSError) as error:
-            # A training run is not lost for it: the reference computes the same, slowly.
-            warnings.warn(
-                f"graphpass: {self.kernel.name} runs in plain torch: {error}",
-                UserWarning,
-                stacklevel=2,
-            )
+            _warn(self.kernel, error)
             return None
+
+
+class _GpuRunner:
+    """Runs a kernel on a GPU: the Triton for the arguments' shapes, or else the reference."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        # By what Triton is specialised to; None where there is none.
+        self.programs: dict[tuple[Any, ...], tuple[ModuleType, Program] | None] = {}
+
+    def __call__(self, *args: Any) -> Result:
+        key = (*_key(args), tf32_settings())
+        if key not in self.programs:
+            self.programs[key] = self._prepare(key, args)
+        prepared = self.programs[key]
+        if prepared is None:
+            return self.kernel.reference(*args)
+        return run_program(self.kernel, *prepared, *args)
+
+    def _prepare(
+        self, key: tuple[Any, ...], args: tuple[Any, ...]
+    ) -> tuple[ModuleType, Program] | None:
+        program = triton_program(self.kernel, *args)
+        if isinstance(program, str):
+            return None
+        try:
+            module = gpu_build.load(self.kernel.name, program)
+            # Compiles: whatever Triton raises, it raises here and once.
+            run_program(self.kernel, module, program, *args)
+        except Exception as error:
+            _warn(self.kernel, error)
+            return None
+        return module, program
+
+
+def run_program(kernel: Kernel, module: ModuleType, program: Program, *args: Any) -> Result:
+    """Allocate the results of a kernel, and launch its program."""
+    results = kernel.fake(*args)
+    outputs = (results,) if isinstance(results, Tensor) else results
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    gpu_build.launch(module, program, [*tensors, *outputs])
+    return results

@@ -74,6 +74,19 @@ def vit(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn
     return VisionTransformer(in_channels, image_size, num_classes)
 
 
+def vit_s(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn.Module:
+    """Build ViT-S: patches of 4, 12 layers of 384 channels and 6 heads.
+
+    Touvron et al. 2020, "Training data-efficient image transformers", table 1; patches are sized
+    for 32-pixel images.
+
+    Raises:
+        ConfigError: If `image_size` is not a multiple of 4.
+    """
+    _check_multiple("vit-s", image_size, 4)
+    return VisionTransformer(in_channels, image_size, num_classes, 384, 12, 6)
+
+
 def mlp(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn.Module:
     """Build a perceptron with three hidden layers of 1024 units."""
     sizes = (in_channels * image_size**2, 1024, 1024, 1024)
@@ -206,15 +219,23 @@ class TransformerLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4x4 pixels as tokens, six transformer layers, the mean token, a classifier."""
+    """Patches of 4x4 pixels as tokens, transformer layers, the mean token, a classifier."""
 
-    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
-        """Set up 6 layers of 256 channels."""
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        num_classes: int,
+        channels: int = 256,
+        layers: int = 6,
+        heads: int = 4,
+    ) -> None:
+        """Set up `layers` layers of `channels` channels."""
         super().__init__()
-        channels, tokens = 256, (image_size // 4) ** 2
+        tokens = (image_size // 4) ** 2
         self.patches = nn.Conv2d(in_channels, channels, 4, stride=4)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, channels))
-        self.layers = nn.Sequential(*(TransformerLayer(channels, 4) for _ in range(6)))
+        self.layers = nn.Sequential(*(TransformerLayer(channels, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(channels)
         self.fc = nn.Linear(channels, num_classes)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.large_models import DEPTHS, deep_resnet, mlp, vit, wide_resnet
+from examples.large_models import DEPTHS, deep_resnet, mlp, vit, vit_s, wide_resnet
 from graphpass.errors import ConfigError
 
 
@@ -20,8 +20,9 @@ def build(name: str, **sizes: int) -> nn.Module:
     """Build the model called `name`, with freshly initialised parameters.
 
     Args:
-        name: `cnn2`, `vgg19`, `vit`, `mlp`, `wrn-<depth>-<widening>` or `resnet<depth>`: depths 18,
-            34, 50, 101 and 152 are the ImageNet family, others that of CIFAR (`resnet20`).
+        name: `cnn2`, `vgg19`, `vit`, `vit-s`, `mlp`, `wrn-<depth>-<widening>` or `resnet<depth>`:
+            depths 18, 34, 50, 101 and 152 are the ImageNet family, others that of CIFAR
+            (`resnet20`).
         **sizes: Keyword arguments of the model: `in_channels`, `image_size`, `num_classes`, and for
             CIFAR ResNets `width`.
 
@@ -221,6 +222,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "vgg19": vgg19,
     "vit": vit,
+    "vit-s": vit_s,
 }
 
 

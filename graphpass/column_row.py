@@ -27,8 +27,18 @@ import torch
 from torch import Tensor
 
 from codegen import draws as random_draws
-from cost_model import Cost, Dim, Shape, element_count, elementwise, gather, reduce
+from cost_model import (
+    Cost,
+    Dim,
+    KernelCost,
+    Shape,
+    element_count,
+    elementwise,
+    gather,
+    reduce,
+)
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.pairs import (
     ChannelPairs,
     MatrixPairs,
@@ -157,29 +167,35 @@ def noise(site: Site, params: Any, *operands: Tensor) -> Tensor:
         spread: Tensor = (energies.sum(1) - totals / n) / max(n - 1, 1)
         return (spread * (n * (n - count) / count)).sum()
     excess = (_threshold(masses, count) / masses.clamp_min(1e-300) - 1).clamp_min(0)
-    return (torch.where(masses > 0, energies * excess, 0.0)).sum()
+    added: Tensor = torch.where(masses > 0, energies * excess, 0.0)
+    return added.sum()
 
 
-def cost(site: Site, params: Any) -> Cost:
-    """Return the cost of choosing terms, of gathering them and of their product."""
+def cost(site: Site, params: Any) -> tuple[KernelCost, ...]:
+    """Return the kernels that choose terms, gather them, and multiply them."""
     segments, terms = extent(site, params.axis)
     count = taken(terms, params)
     exact, share = site.cost, sympy.sympify(count) / terms
-    # The terms' product: FLOPs in proportion, gathered operands read, the whole result written.
-    total = Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written)
+    shapes = _shapes(site, params)
+    kernels = []
     if params.sampling != "uniform":
-        for shape in _shapes(site, params):
+        for shape in shapes:
             # An operand is read for the norms of its columns, rows, channels or samples, ...
-            total += reduce(element_count(shape), segments * terms, site.itemsize)
+            norms = reduce(element_count(shape), segments * terms, site.itemsize)
+            kernels.append(mover("reduce", norms, site.dtype))
     # ... one number a term is drawn, read and compared, ...
-    total += elementwise(segments * terms, 1, 1, torch.float32.itemsize)
+    chosen = elementwise(segments * terms, 1, 1, torch.float32.itemsize)
+    kernels.append(mover("elementwise", chosen, "float32"))
+    # ... and the terms' product takes FLOPs in proportion, reads what was gathered, writes it all.
+    cost = Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written)
     if params.axis == "terms" and site.conv is not None and site.gradient is Gradient.WEIGHT:
-        # (pixels are read where they are)
-        return total
-    for shape in _shapes(site, params):
-        # ... and what is taken of an operand is copied.
-        total += gather(segments * count, element_count(shape) * share / count, site.itemsize)
-    return total
+        # Pixels are read where they are.
+        return (*kernels, product(site, "sampled_wgrad", cost, rows=count))
+    for shape in shapes:
+        # What is taken of an operand is copied before that.
+        copied = gather(segments * count, element_count(shape) * share / count, site.itemsize)
+        kernels.append(mover("convert", copied, site.dtype))
+    return (*kernels, product(site, vendor_kind(site), cost))
 
 
 def reject(site: Site, params: Any) -> Rejected | None:

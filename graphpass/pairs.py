@@ -140,7 +140,8 @@ class ChannelPairs(Pairs):
     def split(self, result: Tensor) -> Tensor:
         """Return the results of a group a row."""
         groups = geometry_of(self.site).groups
-        return result.unflatten(1, (groups, -1)).movedim(1, 0).reshape(groups, -1)
+        parts: Tensor = result.unflatten(1, (groups, -1)).movedim(1, 0)
+        return parts.reshape(groups, -1)
 
     def _filters(self) -> tuple[Tensor, int]:
         """Return the weight as [groups, ?, ?, *kernel], and the axis that is contracted."""

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from codegen import build
 from codegen.cache import write_atomically
+from codegen.kernel import missing_toolchain
 from cost_model import Cost, total
 from graphpass import figures, memory, render
 from graphpass.capture import Analysis
@@ -207,7 +207,7 @@ class TrainingGraph:
             variants=len(self.log.compiled),
             sizes=dict(analysis.hints),
             note=Reason.NESTED_REGION.value if analysis.nested else "",
-            plain_torch=tools if isinstance(tools := build.toolchain(), str) else "",
+            plain_torch=missing_toolchain(),
             prediction=prediction,
             measured=self.measured,
         )

@@ -5,6 +5,7 @@ What methods that sample rows have in common. A linear layer is a convolution wi
 b * OH * OW + p.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +90,11 @@ def centre_cost(site: Site, inputs: Shape) -> KernelCost:
 
 def channel_means(x: Tensor) -> Tensor:
     """Return the mean of every channel over a fixed part of the samples: [Ci], float32 or wider."""
-    step = _step(x.shape[0], x[0, 0].numel())
+    step = _step(x.shape[0], math.prod(x.shape[2:]))
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x[::step].mean((0, *range(2, x.dim())), dtype=wide)
+    # Not `x[::step]`: Python's indexing wants a device, and a fake tensor may have none.
+    part: Tensor = torch.ops.aten.slice.Tensor(x, 0, 0, None, step)
+    return part.mean((0, *range(2, x.dim())), dtype=wide)
 
 
 def _step(batch: Dim, pixels: Dim) -> int:

@@ -28,6 +28,11 @@ hypothesis.settings.load_profile("graphpass")
 _caches = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag that approves emitted sources as they are now."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Point every cache at a folder of this run, for subprocesses too.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp
+from codegen.gpu import source as gpu
 from codegen.kernel import Kernel, Sample, Source, register
 
 _MAX_RANK = 4
@@ -38,17 +39,9 @@ def emit_cpp(x: Tensor) -> Source | str:
     """Return the source for up to four axes."""
     if (reason := cpp.unsupported(x)) is not None:
         return reason
-    # Axes from the outermost in memory; values that are repeated are read once.
-    axes = sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if step > 0)
-    merged: list[tuple[int, int]] = []
-    for step, size in axes:
-        if merged and step == merged[-1][0] * merged[-1][1]:
-            merged[-1] = merged[-1][0], merged[-1][1] * size
-        elif size > 1:
-            merged.append((step, size))
+    merged = _axes(x)
     if len(merged) > _MAX_RANK:
         return f"more than {_MAX_RANK} axes"
-    merged += [(0, 1)] * (_MAX_RANK - len(merged))
     inner = 0 if x.numel() == 0 else merged[0][1]
     outer = merged[1][1] * merged[2][1] * merged[3][1]
     pieces = -(-inner // _PIECE) * outer if inner * outer > _PIECE else 1
@@ -60,6 +53,72 @@ def emit_cpp(x: Tensor) -> Source | str:
     }  # fmt: skip
     return Source(cpp.source(constants, _BODY), scratch_bytes=4 * max(1, pieces))
 
+
+def _axes(x: Tensor) -> list[tuple[int, int]]:
+    """Return steps and sizes of the axes, the innermost in memory first, as few as there can be.
+
+    Values that are repeated are read once.
+    """
+    axes = sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if step > 0)
+    merged: list[tuple[int, int]] = []
+    for step, size in axes:
+        if merged and step == merged[-1][0] * merged[-1][1]:
+            merged[-1] = merged[-1][0], merged[-1][1] * size
+        elif size > 1:
+            merged.append((step, size))
+    return merged + [(0, 1)] * (_MAX_RANK - len(merged))
+
+
+def emit_triton(x: Tensor) -> gpu.Program | str:
+    """Return the Triton for up to four axes."""
+    if (reason := gpu.unsupported(x)) is not None:
+        return reason
+    axes = _axes(x)
+    if len(axes) > _MAX_RANK:
+        return f"more than {_MAX_RANK} axes"
+    count = 0 if x.numel() == 0 else axes[0][1] * axes[1][1] * axes[2][1] * axes[3][1]
+    block = 4096
+    programs = max(1, min(4 * gpu.MULTIPROCESSORS, gpu.ceil_div(count, block)))
+    constants = {
+        "COUNT": count, "BLOCK": block, "PROGRAMS": programs, "POWER": gpu.power(programs),
+        "INDEX": gpu.index_type(x, count),
+        **{f"N{axis}": size for axis, (_, size) in enumerate(axes)},
+        **{f"S{axis}": step for axis, (step, _) in enumerate(axes)},
+    }  # fmt: skip
+    scratch = (gpu.Scratch(programs, torch.int32),)
+    return gpu.program(gpu.about("absolute_max", x=x), constants, _TRITON, scratch)
+
+
+_TRITON = """
+@triton.jit
+def offset_of(i):
+    inner = i % N0 * S0 + i // N0 % N1 * S1
+    return inner + i // (N0 * N1) % N2 * S2 + i // (N0 * N1 * N2) * S3
+
+
+@triton.jit
+def maxima(x, partial):
+    # Programs take turns along the memory, and so end together.
+    largest = tl.zeros([BLOCK], dtype=tl.int32)
+    here = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    for start in range(0, COUNT, BLOCK * PROGRAMS):
+        i = here + start
+        value = tl.load(x + offset_of(i), mask=i < COUNT, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.store(partial + tl.program_id(0), tl.max(largest, axis=0))
+
+
+@triton.jit
+def maximum(partial, out):
+    i = tl.arange(0, POWER)
+    bits = tl.max(tl.load(partial + i, mask=i < PROGRAMS, other=0), axis=0)
+    tl.store(out, bits.to(tl.float32, bitcast=True))
+
+
+def run(x, out, partial):
+    maxima[(PROGRAMS.value,)](x, partial, num_warps=8)
+    maximum[(1,)](partial, out, num_warps=4)
+"""
 
 _BODY = r"""
 constexpr BITS MAGNITUDE = BITS(~BITS(0)) >> 1;
@@ -144,5 +203,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from codegen import int8, int8_tiles
+from codegen.gpu import int8 as gpu_int8
+from codegen.gpu.source import Program
 from codegen.kernel import Kernel, Sample, Source, register
 
 aten = torch.ops.aten
@@ -112,6 +114,32 @@ def emit_cpp(
     )  # fmt: skip
 
 
+def emit_triton(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    out_size: list[int],
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Program | str:
+    """Return the Triton for convolutions of two spatial axes."""
+    del weight
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    result = torch.empty(out_size, dtype=dtype, device="meta", memory_format=layout)
+    border = int8.input_border(size[2:], out_size[2:], kernel, stride, padding, dilation)
+    return gpu_int8.product(
+        "int8_forward", result, x, (x_scale, weight_scale), size, border, kernel, stride,
+        padding, dilation, groups, forward=True,
+    )  # fmt: skip
+
+
 def _sample(
     *problem: Any,
     dtype: torch.dtype = torch.float32,
@@ -155,5 +183,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from codegen import cpp, int8
+from codegen.gpu.int8 import weight_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
-
-aten = torch.ops.aten
 
 # Quadruples of pixels in a chunk: a panel, 32 KB, stays in the L1 cache; more where dw is large.
 _QUADS, _QUADS_LARGE, _LARGE_BYTES = 128, 512, 512 * 1024
@@ -69,7 +68,7 @@ def reference(
     values = int8.from_bytes(x, size, *int8.input_border(size[2:], out_size[2:], *axes), wide)
     scales = grad_scale, input_scale
     result = fake(grad, x, *scales, out_size, size, *axes, groups, channels_last)
-    dw: Tensor = aten.convolution_backward(
+    dw: Tensor = torch.ops.aten.convolution_backward(
         g, values, torch.empty_like(result), None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],
     )[1]  # fmt: skip
@@ -396,5 +395,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp
+from codegen.gpu.norms import program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
 # Parts that a call is divided into, whatever the number of threads.
@@ -293,5 +294,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from codegen import cpp, pruning
 from codegen import pruned_convolution as convolution
+from codegen.gpu.pruned import input_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 from codegen.pruned_convolution import MAX_SUMS, Problem
 
@@ -352,5 +353,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp, draws
+from codegen.gpu import source as gpu
 from codegen.kernel import Kernel, Sample, Source, register
 
 
@@ -81,6 +82,86 @@ def emit_cpp(mass: Tensor, seed: Tensor, salt: int, segments: int, count: int) -
     }  # fmt: skip
     return Source(cpp.source(constants, _BODY))
 
+
+def emit_triton(
+    mass: Tensor, seed: Tensor, salt: int, segments: int, count: int
+) -> gpu.Program | str:
+    """Return the Triton for masses in float32."""
+    del seed
+    if mass.dtype != torch.float32 or not mass.is_contiguous():
+        return "masses are not float32, or not contiguous"
+    if max(mass.shape[0], segments * count) >= 1 << 30:
+        return "more rows than the draws tell apart"
+    rows = mass.shape[0] // segments
+    block = gpu.power(gpu.ceil_div(rows, gpu.MULTIPROCESSORS), 256, 4096)
+    pieces = gpu.ceil_div(rows, block)
+    constants = {
+        "SALT": salt, "SEGMENTS": segments, "R": count, "N": rows, "BLOCK": block,
+        "PIECES": pieces, "POWER": gpu.power(pieces), "STEPS": rows.bit_length(),
+    }  # fmt: skip
+    scratch = (
+        gpu.Scratch(segments * pieces, torch.float64), gpu.Scratch(segments * rows, torch.float64)
+    )  # fmt: skip
+    return gpu.program(gpu.about("sample_rows", mass=mass), constants, _TRITON, scratch)
+
+
+_TRITON = """
+@triton.jit
+def piece_sums(mass, sums):
+    segment = tl.program_id(0) // PIECES
+    row = tl.program_id(0) % PIECES * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(mass + segment * N + row, mask=row < N, other=0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(value.to(tl.float64), axis=0))
+
+
+@triton.jit
+def piece_ends(mass, sums, ends):
+    # Where each row's share of the segment ends: what came before its piece, and its running sum.
+    segment = tl.program_id(0) // PIECES
+    piece = tl.program_id(0) % PIECES
+    row = piece * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(mass + segment * N + row, mask=row < N, other=0.0).to(tl.float64)
+    other = tl.arange(0, POWER)
+    before = tl.load(sums + segment * PIECES + other, mask=other < piece, other=0.0)
+    end = tl.sum(before, axis=0) + tl.cumsum(value, axis=0)
+    tl.store(ends + segment * N + row, end, mask=row < N)
+
+
+@triton.jit
+def choose(mass, seed, ends, index, weight):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    inside = i < SEGMENTS * R
+    segment = i // R
+    total = tl.load(ends + segment * N + N - 1, mask=inside, other=1.0)
+    sound = (total > 0) & (total <= 1.7e308)
+    # A segment that cannot be sampled is walked through evenly.
+    length = tl.where(sound, total, N) / R
+    point = ((i % R).to(tl.float64) + uniform(draw_key(seed), i).to(tl.float64)) * length
+    # The first row that ends behind the point, by halving.
+    low = tl.zeros([256], dtype=tl.int32)
+    high = tl.full([256], N, dtype=tl.int32)
+    for _ in range(0, STEPS):
+        middle = (low + high) // 2
+        end = tl.load(ends + segment * N + middle, mask=inside & (middle < N), other=0.0)
+        end = tl.where(sound, end, (middle + 1).to(tl.float64))
+        further = (end <= point) & (low < high)
+        low = tl.where(further, middle + 1, low)
+        high = tl.where(further, high, tl.maximum(low, tl.minimum(high, middle)))
+    row = segment * N + tl.minimum(low, N - 1)
+    size = tl.load(mass + row, mask=inside, other=1.0).to(tl.float64)
+    scaled = tl.where(size > 0, length / size, 0.0)
+    scaled = tl.where(sound | (total == 0), scaled, float("nan"))
+    tl.store(index + i, row.to(tl.int64), mask=inside)
+    tl.store(weight + i, scaled.to(tl.float32), mask=inside)
+
+
+def run(mass, seed, index, weight, sums, ends):
+    pieces = SEGMENTS.value * PIECES.value
+    piece_sums[(pieces,)](mass, sums)
+    piece_ends[(pieces,)](mass, sums, ends)
+    if R.value > 0:
+        choose[(triton.cdiv(SEGMENTS.value * R.value, 256),)](mass, seed, ends, index, weight)
+"""
 
 _BODY = r"""
 constexpr long GROUP = 16;
@@ -175,5 +256,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

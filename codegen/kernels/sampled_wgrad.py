@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from codegen import build, channels_last, cpp, patch_tiles
+from codegen.gpu.sampled import weight_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
 # Which taps of a row lie inside the image is one bit each of a 64-bit word.
@@ -358,5 +359,6 @@ register(
         fake=fake,
         emit_cpp=emit_cpp,
         samples=samples,
+        emit_triton=emit_triton,
     )
 )

@@ -26,6 +26,7 @@ def paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
         ("resnet152", 155, 1),
         ("wrn-16-4", 16, 1),
         ("vit", 1, 25),
+        ("vit-s", 1, 49),
         ("mlp", 0, 4),
     ],
 )
@@ -90,7 +91,11 @@ def test_convolutions_start_with_kaiming_variance() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("alexnet", {}, "unknown model 'alexnet': legal are cnn2, mlp, vgg19, vit, resnet<depth>"),
+        (
+            "alexnet",
+            {},
+            "unknown model 'alexnet': legal are cnn2, mlp, vgg19, vit, vit-s, resnet<depth>",
+        ),
         ("resnet21", {}, "no ResNet has depth 21: legal are 6n \\+ 2"),
         ("resnet2", {}, "no ResNet has depth 2"),
         ("vgg19", {"image_size": 16}, "vgg19 cannot take images of 16 pixels .* multiples of 32"),

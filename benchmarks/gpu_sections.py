@@ -1,0 +1,338 @@
+"""Sections of `benchmarks.gpu`, each a process of its own: a kernel that fails takes none along.
+
+    python -m benchmarks.gpu_sections correct int8_round --device cuda
+
+A section prints lines of JSON, one a result, as soon as it has it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import graphpass
+from benchmarks import gpu_timing
+from codegen import int8
+from codegen.gpu import build as gpu_build
+from codegen.kernel import Kernel, kernels, run_program, triton_program
+from graphpass.method import Method, salt_of
+from graphpass.site import ConvGeometry, Gradient, Site
+
+Record = dict[str, Any]
+# Of the layers of GA's table: channels in and out, side of the map; 3x3, batch 128.
+GA = ((256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2), (64, 64, 32), (16, 16, 32),
+      (32, 32, 16), (64, 64, 8))  # fmt: skip
+# Of ResNet-50 on 224 x 224 pixels: channels in and out, side of the input, kernel, stride.
+RESNET50 = (
+    (64, 64, 56, 1, 1), (64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1),
+    (256, 128, 56, 1, 1), (128, 128, 56, 3, 2), (128, 512, 28, 1, 1), (256, 512, 56, 1, 2),
+    (512, 128, 28, 1, 1), (128, 128, 28, 3, 1), (512, 256, 28, 1, 1), (256, 256, 28, 3, 2),
+    (256, 1024, 14, 1, 1), (512, 1024, 28, 1, 2), (1024, 256, 14, 1, 1), (256, 256, 14, 3, 1),
+    (1024, 512, 14, 1, 1), (512, 512, 14, 3, 2), (512, 2048, 7, 1, 1), (1024, 2048, 14, 1, 2),
+    (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+METHODS = ("int8", "pixels", "prune", "topk")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one section."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_sections", description=__doc__)
+    parser.add_argument("section", choices=("machine", "correct", "layers"))
+    parser.add_argument("names", nargs="*", help="kernels to check, or `ga` or `resnet50`")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--skip", nargs="*", default=[], help="rows that broke an earlier process")
+    given = parser.parse_args(argv)
+    allow_tf32()
+    # A kernel that falls back to plain torch must not be timed as if it had run.
+    warnings.filterwarnings("error", message="graphpass:")
+    sections: dict[str, Callable[[], Iterator[Record]]] = {
+        "machine": lambda: machine(given.device),
+        "correct": lambda: correct(given.names, given.device),
+        "layers": lambda: layers(given.names, given.device, given.skip),
+    }
+    for record in sections[given.section]():
+        print(json.dumps(record), flush=True)
+
+
+def allow_tf32() -> None:
+    """Let float32 be multiplied as tf32, as training on such a machine does."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+
+
+def machine(device: str) -> Iterator[Record]:
+    """Yield machine, versions, and the two ceilings."""
+    from examples.results import environment
+
+    record: Record = {**environment(), "triton": gpu_build.toolchain() or _triton_version()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        record |= {
+            "gpu": properties.name, "capability": list(torch.cuda.get_device_capability(0)),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }  # fmt: skip
+        yield record
+        record = {"bandwidth_bytes_per_s": gpu_timing.bandwidth_bytes_per_s()}
+        for name, dtype in {**DTYPES, "int8": torch.int8}.items():
+            record[f"peak_{name}_flops_per_s"] = gpu_timing.peak_flops_per_s(dtype)
+    yield record
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def correct(names: Sequence[str], device: str) -> Iterator[Record]:
+    """Compare kernels with their references.
+
+    Yields:
+        For each sample of the kernels named, the largest error against float64.
+    """
+    for name in names:
+        kernel = kernels()[name]
+        with mock.patch.object(int8, "zero_point", lambda _: 0 if device == "cuda" else 128):
+            for number in range(len(kernel.samples())):
+                start = time.perf_counter()
+                record = {"kernel": name, "sample": number}
+                for form in ("given", "half", "tf32"):
+                    yield {**record, "form": form, "begun": True}
+                    try:
+                        result = _error(kernel, number, device, form)
+                    except Exception:
+                        result = {"failed": traceback.format_exc()[-4000:]}
+                    yield {**record, "form": form, **result, "s": time.perf_counter() - start}
+                    if "illegal" in str(result.get("failed", "")):
+                        return
+
+
+def _error(kernel: Kernel, number: int, device: str, form: str) -> Record:
+    """Return the error of a sample as given, in float16 instead of bfloat16, or in tf32."""
+    sample = kernel.samples()[number]
+    args = sample.args()
+    if form == "half":
+        if not any(_is(arg, torch.bfloat16) for arg in args):
+            return {"none": "no bfloat16 in it"}
+        args = tuple(map(_half, args))
+    if form == "tf32" and (device == "cpu" or not any(_is(arg, torch.float32) for arg in args)):
+        return {"none": "no float32 in it"}
+    precision = "tf32" if form == "tf32" else "ieee"
+    settings: Any = torch.backends.cudnn
+    settings.conv.fp32_precision = precision
+    torch.set_float32_matmul_precision("high" if form == "tf32" else "highest")
+    moved = tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
+    results = _run(kernel, moved)
+    if isinstance(results, str):
+        return {"none": results}
+    wanted = _tuple(kernel.reference(*_map(args, Tensor.double)))
+    bound = _tuple(kernel.reference(*_map(args, lambda x: x.double().abs())))
+    error, allowed = 0.0, 0.0
+    given = [result.cpu() for result in _tuple(results)]
+    for result, expected, size in zip(given, wanted, bound, strict=True):
+        if not result.is_floating_point():
+            error = max(error, float((result != expected).sum()))
+            continue
+        finite = expected.isfinite() & size.isfinite()
+        if bool((~result[expected.isnan()].isnan()).any()):
+            return {"failed": "NaN was lost"}
+        # A zero of the border times an infinite weight is NaN: such samples have a few more.
+        finite &= result.isfinite() if not _all_finite(args) else True
+        largest = float(
+            torch.cat([size[finite].abs(), expected[finite].abs(), torch.zeros(1)]).max()
+        )
+        eps = torch.finfo(result.dtype).eps
+        relative = sample.length * torch.finfo(torch.float32).eps + 4 * eps
+        allowed = max(allowed, (2e-3 if form == "tf32" else 0) + relative)
+        difference = (result.double() - expected)[finite].abs()
+        if bool(difference.isnan().any()):
+            return {"failed": "a result is NaN"}
+        error = max(
+            error, float(difference.max() if difference.numel() else 0) / max(largest, 1e-30)
+        )
+    return {"error": error, "allowed": allowed, "passed": error <= allowed}
+
+
+def _run(kernel: Kernel, args: tuple[Any, ...]) -> Any:
+    if any(isinstance(arg, Tensor) and arg.device.type == "cpu" for arg in args):
+        return kernel.op(*args)
+    program = triton_program(kernel, *args)
+    if isinstance(program, str):
+        return program
+    # Not the operator, which would fall back to plain torch and tell nobody.
+    results = run_program(kernel, gpu_build.load(kernel.name, program), program, *args)
+    torch.cuda.synchronize()
+    return results
+
+
+def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[Record]:
+    """Yield seconds of every gradient of the layers named, exact and by every method."""
+    batch = 128 if device == "cuda" else 2
+    shapes = []
+    if "ga" in names:
+        shapes += [(*shape, 3, 1) for shape in GA]
+    if "resnet50" in names:
+        shapes += list(RESNET50)
+    shapes = shapes if device == "cuda" else [(16, 16, 8, 3, 1), (16, 32, 8, 3, 2)]
+    for dtype in ("bf16", "fp32"):
+        for shape in shapes:
+            for gradient in (Gradient.WEIGHT, Gradient.INPUT):
+                label = "-".join(map(str, (dtype, *shape, gradient.value)))
+                yield {"row": label, "begun": True}
+                operands = _operands(shape, batch, DTYPES[dtype], device)
+                for name in METHODS:
+                    if f"{label}-{name}" in skip:
+                        continue
+                    yield {"row": label, "method": name, "begun": f"{label}-{name}"}
+                    try:
+                        record = _layer(shape, operands, gradient, name, device)
+                    except Exception:
+                        record = {"failed": traceback.format_exc()[-4000:]}
+                    if record:
+                        yield {"row": label, "dtype": dtype, "shape": list(shape),
+                               "gradient": gradient.value, "method": name, **record}  # fmt: skip
+                    if "illegal" in str(record.get("failed", "")):
+                        return
+
+
+def _layer(
+    shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient, name: str, device: str
+) -> Record:
+    method = graphpass.methods()[name]
+    site, params = _site(shape, operands, gradient), _parameters(method)
+    if gradient not in method.gradients:
+        return {}
+    rejected = method.reject(site, params)
+    if rejected is not None and rejected.reason.name != "NOT_CHEAPER":
+        return {}
+    lowered = _lowered(method, params, site, operands)
+    mine = lowered()
+    with mock.patch.object(gpu_build, "toolchain", lambda: "switched off"):
+        plain = lowered() if device == "cuda" else mine
+    # The same draws, in plain torch: what the kernels should give but for rounding.
+    difference = float((mine.double() - plain.double()).norm() / plain.double().norm())
+    runs = {"exact": _exact(shape, operands, gradient), name: lowered}
+    for run in runs.values():
+        run()
+    seconds = gpu_timing.times(runs, device)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return {
+        "exact_s": medians["exact"], "method_s": medians[name],
+        "times_faster": medians["exact"] / medians[name], "difference": difference,
+        "spread": [min(seconds[name]), max(seconds[name])], "parts": _parts(lowered, device),
+    }  # fmt: skip
+
+
+def _parts(lowered: Callable[[], Tensor], device: str) -> list[Record]:
+    """Return the seconds of each of our operators that a method calls."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace == "approx":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Note():
+        lowered()
+    parts = []
+    for number, (func, args) in enumerate(calls):
+        name = f"{number}:{func.name().removeprefix('approx::')}"
+        seconds = gpu_timing.times({name: partial(func, *args)}, device, turns=3)
+        parts.append({"operator": name, "s": statistics.median(seconds[name])})
+    return parts
+
+
+def _operands(
+    shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    channels, filters, size, kernel, stride = shape
+    out = (size + 2 * (kernel // 2) - kernel) // stride + 1
+    torch.manual_seed(0)
+    # What training shows: activations behind a ReLU, gradients of very different channels.
+    x = torch.randn(batch, channels, size, size, device=device).relu()
+    grad = torch.randn(batch, filters, out, out, device=device)
+    grad *= torch.rand(1, filters, 1, 1, device=device)
+    weight = torch.randn(filters, channels, kernel, kernel, device=device)
+    given = {"grad": grad, "input": x, "weight": weight}
+    return {key: y.to(dtype, memory_format=torch.channels_last) for key, y in given.items()}
+
+
+def _site(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Site:
+    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
+    shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
+    wanted = gradient is Gradient.WEIGHT
+    padding, stride = shape[3] // 2, shape[4]
+    geometry = ConvGeometry((stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1)
+    dtype = str(grad.dtype).removeprefix("torch.")
+    return Site(
+        "conv", "conv", gradient, "convolution", "node", int(wanted), 1, shapes,
+        shapes[1 if wanted else 0], dtype, grad.dtype.itemsize, geometry,
+    )  # fmt: skip
+
+
+def _parameters(method: Method) -> Any:
+    params = method.params()
+    return replace(params, min_positions=1) if hasattr(params, "min_positions") else params
+
+
+def _lowered(
+    method: Method, params: Any, site: Site, operands: dict[str, Tensor]
+) -> Callable[[], Tensor]:
+    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
+    given = [operands[name] for name in method.operands(site, params)]
+    seed = torch.zeros((), dtype=torch.int64, device=template.device)
+    return lambda: method.lower(site, params, template, seed, salt_of(site), *given)
+
+
+def _exact(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Any:
+    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
+    mask = [gradient is Gradient.INPUT, gradient is Gradient.WEIGHT, False]
+    stride, padding = [shape[4]] * 2, [shape[3] // 2] * 2
+    return lambda: torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _is(value: Any, dtype: torch.dtype) -> bool:
+    return (isinstance(value, Tensor) and value.dtype is dtype) or value is dtype
+
+
+def _half(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+        return value.half()
+    return torch.float16 if value is torch.bfloat16 else value
+
+
+def _map(args: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    return tuple(change(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _all_finite(args: tuple[Any, ...]) -> bool:
+    tensors = (arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+if __name__ == "__main__":
+    main()

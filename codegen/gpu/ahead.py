@@ -1,0 +1,127 @@
+"""Compile programs without launching them: for other processors' sakes, or before they are needed.
+
+A program's `run` is called with stand-ins for its kernels, which note what would be launched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen.gpu import build
+from codegen.gpu.source import Program
+
+_POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+    torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a program's `run`.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs along each axis.
+        dtypes: of the tensors it is called with.
+        options: constants of this launch, and options such as `num_warps`.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    options: dict[str, Any]
+
+
+def launches(name: str, program: Program, dtypes: Sequence[torch.dtype]) -> list[Launch]:
+    """Return what a program launches.
+
+    Args:
+        name: of the primitive.
+        program: its Triton.
+        dtypes: of operands and results.
+    """
+    import triton
+
+    module = build.load(name, program)
+    noted: list[Launch] = []
+
+    class Stand:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def note(*tensors: Tensor, **options: Any) -> None:
+                types = tuple(tensor.dtype for tensor in tensors)
+                noted.append(Launch(self.kernel, tuple(grid), types, options))
+
+            return note
+
+    kernels = {k: v for k, v in vars(module).items() if isinstance(v, triton.JITFunction)}
+    types = (*dtypes, *(scratch.dtype for scratch in program.scratch))
+    try:
+        vars(module).update({name: Stand(kernel) for name, kernel in kernels.items()})
+        module.run(*(torch.empty(0, dtype=dtype, device="meta") for dtype in types))
+    finally:
+        vars(module).update(kernels)
+    return noted
+
+
+def compile_for(launch: Launch, target: Any) -> Any:
+    """Return a launch's kernel compiled for a `triton.backends.compiler.GPUTarget`.
+
+    Pointers are taken to be multiples of 16 bytes, as those of torch's tensors are.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    options = dict(launch.options)
+    names = launch.kernel.arg_names
+    tensors, constants = names[: len(launch.dtypes)], names[len(launch.dtypes) :]
+    signature = {name: _POINTERS[dtype] for name, dtype in zip(tensors, launch.dtypes, strict=True)}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(names.index(name),): options.pop(name) for name in constants},
+        attrs={(number,): [["tt.divisibility", 16]] for number in range(len(tensors))},
+    )
+    return triton.compile(source, target=target, options=options)
+
+
+def warm(name: str, program: Program, dtypes: Sequence[torch.dtype], arch: int) -> int:
+    """Fill Triton's cache on disk with what a program will launch on an NVIDIA GPU.
+
+    For worker processes: it replaces the process's driver by one that has no GPU.
+
+    Args:
+        name: of the primitive.
+        program: its Triton.
+        dtypes: of operands and results.
+        arch: compute capability, 90 for 9.0.
+
+    Returns:
+        How many kernels that were.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import MockTensor
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    noted = launches(name, program, dtypes)
+    for launch in noted:
+        tensors = [MockTensor(dtype) for dtype in launch.dtypes]
+        launch.kernel.warmup(*tensors, grid=launch.grid, **launch.options)
+    return len(noted)

@@ -1,0 +1,280 @@
+"""Forward products and input gradients as matrix products over pixels, in Triton.
+
+A tile is BM pixels of the result by BN of its channels. What is contracted is taps and channels,
+tap by tap: for a tap, the pixels that a tile reads are the tile's own, moved. The operand has a
+border, so that no tap falls outside. An input gradient with stride S is S x S problems, one for
+each remainder of the pixel's coordinates, and each of them knows the few taps that reach it.
+The weights are put in the order [channel of the result, tap, contracted channel] first, unless
+they have it: tensor cores want bytes that are contracted to be neighbours.
+"""
+
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen.gpu import source as gpu
+
+# Pixels that tiles are cut from are numbered in 32 bits, and so are sums of products of bytes.
+_MOST = 1 << 31
+# Contracted channels of a tile, by bytes of a value: what tensor cores take at once, or more.
+_DEPTHS = {1: (32, 64), 2: (16, 64), 4: (16, 32)}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product, for `emit`.
+
+    Attributes:
+        result: where it is put: [B, N, height, width], meta.
+        contracted: channels that are contracted, all groups.
+        operand: height and width of the other operand, border included.
+        before: its border before the first row and column.
+        weight_strides: of the weight, as [Co, Ci/groups, KH, KW].
+        kernel: the kernel's spatial sizes.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        forward: whether this is a forward product, not an input gradient.
+        dtype: of both operands; int8 for bytes, which have scales.
+        zero: the byte that stands for zero.
+    """
+
+    result: Tensor
+    contracted: int
+    operand: tuple[int, int]
+    before: list[int]
+    weight_strides: tuple[int, ...]
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    forward: bool
+    dtype: torch.dtype
+    zero: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Contracted channels of a group."""
+        return self.contracted // self.groups
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the weight has the order that tiles are read in already."""
+        depth, taps = self.depth, prod(self.kernel)
+        wanted = (taps * depth, 1, self.kernel[1] * depth, depth)
+        return self.forward and tuple(self.weight_strides) == wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Emitted pieces of a program: constants, kernels, lines of `run`, scratch memory.
+
+    The lines name `operand`, `weight`, `scales` (a tuple, empty for floats), `out` and `arranged`.
+    """
+
+    constants: dict[str, Any]
+    text: str
+    lines: list[str]
+    scratch: tuple[gpu.Scratch, ...]
+
+
+def emit(problem: Product) -> Parts | str:
+    """Return the pieces of the program for a product, or why there are none."""
+    result, groups = problem.result, problem.groups
+    batch, channels, *size = (int(number) for number in result.shape)
+    columns, depth = channels // groups, problem.depth
+    if batch * prod(size) >= _MOST or prod(problem.kernel) * depth << 14 >= _MOST:
+        return "sums or images that are too long"
+    phases = _phases(problem, size)
+    taps = prod(problem.kernel)
+    tile = tiles(batch * phases[0]["ROWS"] * phases[0]["COLUMNS"], columns)
+    least, most = _DEPTHS[problem.dtype.itemsize]
+    tile["BK"] = gpu.power(depth, least, most)
+    operand = batch * prod(problem.operand) * problem.contracted
+    maps = max(*problem.kernel, *problem.operand) > 1
+    strides = problem.weight_strides
+    constants: dict[str, Any] = {
+        "B": batch, "N": columns, "DEPTH": depth, "GROUPS": groups, "TAPS": taps,
+        "KW": problem.kernel[1], "HEIGHT": problem.operand[0], "WIDTH": problem.operand[1],
+        "CONTRACTED": problem.contracted, "ARRANGED": channels * taps * depth,
+        "WALK_Y": problem.stride[0] if problem.forward else 1,
+        "WALK_X": problem.stride[1] if problem.forward else 1,
+        "OUT_Y": 1 if problem.forward else problem.stride[0],
+        "OUT_X": 1 if problem.forward else problem.stride[1],
+        **{f"WS{axis}": step for axis, step in enumerate(strides)},
+        **gpu.strides("RS", result), **tile,
+        "N_TILES": gpu.ceil_div(columns, tile["BN"]),
+        "WHOLE": depth % tile["BK"] == 0, "ZERO": problem.zero,
+        "BYTES": problem.dtype is torch.int8,
+        "SUM": "tl.int32" if problem.dtype is torch.int8 else "tl.float32",
+        "PRECISION": gpu.precision(problem.dtype, maps),
+        "INDEX": gpu.index_type(result, operand, channels * taps * depth),
+    }  # fmt: skip
+    # The weight's two channel axes: that of the result, and that which is contracted.
+    inner, outer = ("WS0", "WS1") if problem.forward else ("WS1", "WS0")
+    constants |= {"W_N": constants[inner], "W_K": constants[outer]}
+    constants["W_GROUP"] = constants["WS0"] * (channels if problem.forward else problem.contracted)
+    constants["W_GROUP"] //= groups
+    lines: list[str] = []
+    scratch: tuple[gpu.Scratch, ...] = ()
+    filters = "weight"
+    if not problem.arranged:
+        dtype = torch.uint8 if problem.dtype is torch.int8 else problem.dtype
+        scratch = (gpu.Scratch(channels * taps * depth, dtype),)
+        lines.append("arrange[(triton.cdiv(ARRANGED.value, 1024),)](weight, arranged)")
+        filters = "arranged"
+    for phase in phases:
+        pixels = batch * phase["ROWS"] * phase["COLUMNS"]
+        grid = gpu.ceil_div(pixels, tile["BM"]) * constants["N_TILES"]
+        # Parameters, not constants: the interpreter divides loop counters by nothing but numbers.
+        numbers = {**phase, "BLOCKS": gpu.ceil_div(depth, tile["BK"])}
+        given = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        warps = 8 if tile["BM"] * tile["BN"] >= 128 * 128 else 4
+        lines.append(
+            f"product[({grid}, {groups})](\n        operand, {filters}, *scales, out, "
+            f"{given}, num_warps={warps}, num_stages={4 if tile['BM'] < 128 else 3}\n    )"
+        )
+    text = (_BYTES if problem.dtype is torch.int8 else _FLOATS) + _TEXT
+    scales = ", first_scale, second_scale" if problem.dtype is torch.int8 else ""
+    return Parts(constants, text.replace(", SCALES", scales), lines, scratch)
+
+
+def tiles(rows: int, columns: int) -> dict[str, int]:
+    """Return the tile of a product with so many rows and columns: large, but one a processor."""
+    high, wide = gpu.power(rows, 16, 128), gpu.power(columns, 16, 128)
+    while gpu.ceil_div(rows, high) * gpu.ceil_div(columns, wide) < gpu.MULTIPROCESSORS:
+        if high * wide <= 32 * 32:
+            break
+        high, wide = (high, wide // 2) if wide >= high else (high // 2, wide)
+    return {"BM": high, "BN": wide}
+
+
+def _phases(problem: Product, size: list[int]) -> list[dict[str, int]]:
+    """Return the constants of each of the problems that a product consists of."""
+    if problem.forward:
+        axes = [_forward_axis(problem, axis, size[axis]) for axis in range(2)]
+        return [_phase(*axes)]
+    rows, columns = (
+        [_input_axis(problem, axis, size[axis], rest) for rest in range(problem.stride[axis])]
+        for axis in range(2)
+    )
+    return [_phase(row, column) for row in rows for column in columns if row[0] and column[0]]
+
+
+def _phase(row: tuple[int, ...], column: tuple[int, ...]) -> dict[str, int]:
+    names = ("{}S", "REST_{}", "TAPS_{}", "TAP_{}", "NEXT_{}", "AT_{}", "MOVE_{}")
+    pairs = (("ROW", "Y", row), ("COLUMN", "X", column))
+    return {
+        name.format(long if name == "{}S" else short): number
+        for long, short, axis in pairs
+        for name, number in zip(names, axis, strict=True)
+    }
+
+
+def _forward_axis(problem: Product, axis: int, length: int) -> tuple[int, ...]:
+    """Return what a product needs to know of an axis.
+
+    Returns:
+        Pixels, their remainder, taps, the first tap and the step to the next one, where the first
+        tap of the first pixel looks, and how far the next tap looks from there.
+    """
+    at = problem.before[axis] - problem.padding[axis]
+    return length, 0, problem.kernel[axis], 0, 1, at, problem.dilation[axis]
+
+
+def _input_axis(problem: Product, axis: int, length: int, rest: int) -> tuple[int, ...]:
+    """Return the same for the pixels of an input gradient with this remainder."""
+    stride, dilation = problem.stride[axis], problem.dilation[axis]
+    shifted = rest + problem.padding[axis]
+    reach = [tap for tap in range(problem.kernel[axis]) if (shifted - tap * dilation) % stride == 0]
+    pixels = gpu.ceil_div(length - rest, stride) if length > rest else 0
+    # Taps that reach these pixels are evenly spaced, and each looks a bit further back.
+    step = stride // gcd(stride, dilation)
+    first = reach[0] if reach else 0
+    at = (shifted - first * dilation) // stride + problem.before[axis]
+    return pixels, rest, len(reach), first, step, at, -(step * dilation // stride)
+
+
+_BYTES = """
+@triton.jit
+def read(at, inside):
+    # With a zero point of 0 a byte is the number: it goes to the tensor cores as it is.
+    if ZERO == 0:
+        at = at.to(tl.pointer_type(tl.int8), bitcast=True)
+    byte = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=ZERO)
+    if ZERO == 0:
+        return byte
+    else:
+        return (byte ^ ZERO).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def scaled(sum, first_scale, second_scale):
+    return sum.to(tl.float32) * tl.load(first_scale) * tl.load(second_scale)
+
+"""
+
+_FLOATS = """
+@triton.jit
+def read(at, inside):
+    return tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def scaled(sum):
+    return sum
+
+"""
+
+_TEXT = """
+@triton.jit
+def arrange(weight, arranged):
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    channel = i // (DEPTH * TAPS)
+    tap = i // DEPTH % TAPS
+    at = channel // N * W_GROUP + channel % N * W_N + i % DEPTH * W_K
+    at += tap // KW * WS2 + tap % KW * WS3
+    tl.store(arranged + i, tl.load(weight + at, mask=i < ARRANGED), mask=i < ARRANGED)
+
+
+@triton.jit
+def product(
+    operand, weight, SCALES, out,
+    ROWS: tl.constexpr, REST_Y: tl.constexpr, TAPS_Y: tl.constexpr, TAP_Y: tl.constexpr,
+    NEXT_Y: tl.constexpr, AT_Y: tl.constexpr, MOVE_Y: tl.constexpr,
+    COLUMNS: tl.constexpr, REST_X: tl.constexpr, TAPS_X: tl.constexpr, TAP_X: tl.constexpr,
+    NEXT_X: tl.constexpr, AT_X: tl.constexpr, MOVE_X: tl.constexpr, BLOCKS: tl.constexpr,
+):
+    group = tl.program_id(1)
+    n = tl.program_id(0) % N_TILES * BN + tl.arange(0, BN)
+    m = tl.program_id(0) // N_TILES * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    # Beyond the ends, any pixel and any filter will do: they are not stored.
+    pixel = m % (B * ROWS * COLUMNS)
+    column = pixel % COLUMNS
+    row = pixel // COLUMNS % ROWS
+    image = (pixel // (COLUMNS * ROWS)).to(INDEX)
+    corner = (image * HEIGHT + row * WALK_Y + AT_Y) * WIDTH + column * WALK_X + AT_X
+    corner = corner * CONTRACTED + group * DEPTH
+    filters = (group * N + n % N) * (TAPS * DEPTH)
+    sum = tl.zeros([BM, BN], dtype=SUM)
+    for step in range(0, TAPS_Y * TAPS_X * BLOCKS):
+        y = step // BLOCKS // TAPS_X
+        x = step // BLOCKS % TAPS_X
+        channel = step % BLOCKS * BK + k
+        move = (y * (MOVE_Y * WIDTH) + x * MOVE_X) * CONTRACTED
+        tap = ((TAP_Y + y * NEXT_Y) * KW + TAP_X + x * NEXT_X) * DEPTH
+        inside = channel < DEPTH
+        left = read(operand + corner[:, None] + (move + channel)[None, :], inside[None, :])
+        right = read(weight + filters[None, :] + (tap + channel)[:, None], inside[:, None])
+        sum = tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=SUM)
+    value = scaled(sum, SCALES).to(out.dtype.element_ty)
+    at = image * RS0 + (row * OUT_Y + REST_Y) * RS2 + (column * OUT_X + REST_X) * RS3
+    mask = (m < B * ROWS * COLUMNS)[:, None] & (n < N)[None, :]
+    tl.store(out + at[:, None] + ((group * N + n) * RS1)[None, :], value, mask=mask)
+"""

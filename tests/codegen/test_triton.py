@@ -1,0 +1,205 @@
+"""Triton without a GPU: every kernel in the interpreter, machine code for three GPUs, the texts."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from codegen import int8
+from codegen.gpu import ahead
+from codegen.gpu import build as gpu_build
+from codegen.gpu.source import Program
+from codegen.kernel import Kernel, _GpuRunner, call, kernels, triton_program, unavailable
+from tests.codegen.interpreted import cases
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+WRITTEN = [kernel for kernel in kernels().values() if kernel.emit_triton is not None]
+# One process of the interpreter for all of them.
+one_worker = pytest.mark.xdist_group("triton")
+needs_triton = pytest.mark.skipif(
+    gpu_build.toolchain() is not None, reason=gpu_build.toolchain() or "Triton is here"
+)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[tuple[str, int], str]:
+    """Return what went wrong with each sample of each kernel in the interpreter."""
+    command = [sys.executable, "-m", "tests.codegen.interpreted"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    lines = (json.loads(line) for line in finished.stdout.splitlines() if line.startswith("["))
+    return {(name, number): wrong for name, number, _, wrong, _ in lines}
+
+
+@needs_triton
+@one_worker
+@pytest.mark.parametrize(
+    ("name", "number"), [(kernel.name, number) for kernel, number, _ in cases([])]
+)
+def test_results_equal_the_reference(
+    name: str, number: int, interpreted: dict[tuple[str, int], str]
+) -> None:
+    """In Triton's interpreter, against float64, in float32 and float16, memory full of NaN."""
+    wrong = interpreted[name, number]
+    if wrong.startswith("no Triton for"):
+        pytest.skip(wrong)
+    assert not wrong, wrong
+
+
+def _tensors(kernel: Kernel, args: tuple[Any, ...]) -> list[Tensor]:
+    results = kernel.fake(*args)
+    outputs = (results,) if isinstance(results, Tensor) else results
+    return [x for x in (*args, *outputs) if isinstance(x, Tensor)]
+
+
+def _compiled(name: str, args: tuple[Any, ...], target: tuple[str, Any, int]) -> list[Any]:
+    from triton.backends.compiler import GPUTarget
+
+    kernel = kernels()[name]
+    program = triton_program(kernel, *args)
+    assert isinstance(program, Program), program
+    dtypes = [tensor.dtype for tensor in _tensors(kernel, args)]
+    return [
+        ahead.compile_for(launch, GPUTarget(*target))
+        for launch in ahead.launches(name, program, dtypes)
+        if launch.kernel.__name__ == "product"
+    ]
+
+
+def _bytes(gradient: str) -> tuple[Any, ...]:
+    size = [32, 64, 16, 16]
+    sizes = (size, size, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    given = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+    scales = torch.empty(()), torch.empty(())
+    kinds = (torch.bfloat16, True) if gradient == "input" else (True,)
+    return *given, *scales, *sizes, *kinds
+
+
+def _rows() -> tuple[Any, ...]:
+    image = torch.empty(32, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    index, weight = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
+    sums = torch.empty(64, 3, 3)
+    axes = ([3, 3], [1, 1], [1, 1], [1, 1])
+    return image, image, index, weight, torch.empty(64), sums, *axes, 1
+
+
+PRODUCTS = {
+    "int8_dgrad": (lambda: _bytes("input"), ("s32.s8.s8", "mfma_i32")),
+    "int8_wgrad": (lambda: _bytes("weight"), ("s32.s8.s8", "mfma_i32")),
+    "sampled_wgrad": (_rows, ("f32.bf16.bf16", "mfma_f32")),
+}
+
+
+@needs_triton
+@one_worker
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda t: str(t[1])
+)
+def test_products_use_tensor_cores(
+    name: str, target: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled ahead of time; a GPU that lacks the shared memory would refuse the binary."""
+    monkeypatch.setattr(int8, "zero_point", lambda device: 0)
+    args, (nvidia, amd) = PRODUCTS[name]
+    for compiled in _compiled(name, args(), target):
+        text = compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
+        wanted = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*"}.get(target[1])
+        assert re.search(f"{wanted}{nvidia}" if wanted else f"v_{amd}", text)
+        # Of an A100 and more; of the least AMD GPU.
+        assert compiled.metadata.shared <= (163 << 10 if target[0] == "cuda" else 64 << 10)
+
+
+@pytest.mark.parametrize("kernel", WRITTEN, ids=lambda kernel: kernel.name)
+def test_text_is_what_was_approved(kernel: Kernel, request: pytest.FixtureRequest) -> None:
+    """`pytest --update-golden` approves what is emitted now."""
+    assert kernel.emit_triton is not None
+    program = kernel.emit_triton(*kernel.samples()[0].args())
+    assert isinstance(program, Program), program
+    path = GOLDEN / f"{kernel.name}.txt"
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(program.text, encoding="utf-8")
+    assert program.text == path.read_text(encoding="utf-8")
+    compile(program.text, str(path), "exec")
+
+
+def _cuda(*shape: int) -> Tensor:
+    return torch.empty(shape, device="cuda", memory_format=torch.channels_last)
+
+
+def _round_args() -> tuple[Any, ...]:
+    number = torch.empty((), device="cuda")
+    return _cuda(2, 8, 4, 4), number, number.to(torch.int64), 5, [0, 0], [0, 0]
+
+
+@needs_triton
+def test_a_graph_on_a_gpu_holds_the_operator() -> None:
+    kernel = kernels()["int8_round"]
+    with FakeTensorMode():
+        args = _round_args()
+        assert unavailable(kernel, *args) is None
+        traced = torch.fx.experimental.proxy_tensor.make_fx(
+            lambda x, scale, seed: call(kernel, x, scale, seed, *args[3:])
+        )(*args[:3])
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [kernel.op]
+
+
+def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    gpu_build.toolchain.cache_clear()
+    try:
+        with FakeTensorMode():
+            reason = unavailable(kernels()["int8_round"], *_round_args())
+        assert str(reason).startswith("Triton cannot be imported")
+    finally:
+        gpu_build.toolchain.cache_clear()
+
+
+@needs_triton
+def test_a_program_that_fails_warns_and_plain_torch_runs() -> None:
+    kernel = kernels()["absolute_max"]
+    broken = dataclasses.replace(kernel, emit_triton=lambda x: Program("def run(*_): 1 / 0\n"))
+    run, x = _GpuRunner(broken), torch.arange(-5.0, 3.0)
+    with pytest.warns(UserWarning, match="absolute_max runs in plain torch: division by zero"):
+        assert run(x) == 5
+    # Once: the next call neither tries nor warns.
+    assert run(x) == 5
+
+
+@needs_triton
+def test_a_program_lies_in_a_file_named_after_kernel_and_text() -> None:
+    program = Program("def run(): return 7\n")
+    module = gpu_build.load("absolute_max", program)
+    path = gpu_build.path_of("absolute_max", program)
+    assert module.run() == 7
+    assert path.name.startswith("absolute_max-") and path.read_text() == program.text
+
+
+def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_build, "toolchain", lambda: None)
+    heard: list[tuple[str, list[torch.dtype]]] = []
+
+    def hear(name: str, program: Program, tensors: list[Tensor]) -> None:
+        heard.append((name, [tensor.dtype for tensor in tensors]))
+
+    monkeypatch.setattr(gpu_build, "LISTENERS", [hear])
+    with FakeTensorMode():
+        assert unavailable(kernels()["int8_round"], *_round_args()) is None
+    assert heard == [
+        ("int8_round", [torch.float32, torch.float32, torch.int64, torch.uint8]),
+    ]
