@@ -1,0 +1,308 @@
+"""Prices: of methods by kernels, from calibrations good, bad and missing, and measured ones."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from rich.console import Console
+from torch import nn
+
+from codegen import int8
+from cost_model import DATASHEETS, KernelCost, counted_once
+from graphpass import (
+    __main__,
+    calibrate,
+    calibration,
+    dry_run,
+    kernels_of,
+    pricing,
+    timing,
+    workloads,
+)
+from graphpass.calibration import Machine, Measurement
+from graphpass.capture import Analysis
+from graphpass.method import Method, get_method, methods
+from graphpass.site import Gradient, Site
+
+THREADS = 2
+ROWS, CHANNELS = 64, 32
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHPASS_CACHE_DIR", str(tmp_path))
+
+
+def _linear(gradient: Gradient, rows: Any = ROWS) -> Site:
+    shapes = {
+        Gradient.FORWARD: ((rows, CHANNELS), (CHANNELS, CHANNELS)),
+        Gradient.INPUT: ((rows, CHANNELS), (CHANNELS, CHANNELS)),
+        Gradient.WEIGHT: ((CHANNELS, rows), (rows, CHANNELS)),
+    }[gradient]
+    output = (shapes[0][0], shapes[1][1])
+    return Site("fc", "fc", gradient, "mm", "mm", None, 1, shapes, output, "float32", 4)
+
+
+def _measurements() -> list[Measurement]:
+    """Return a machine of 1 GFLOP/s, 1 GB/s, and 1 us a launch, by kernels that reach it."""
+    moved = [
+        Measurement("elementwise", "float32", {"bytes": 1.0 * size}, 0, size, size / 1e9 + 1e-6)
+        for size in (1, 10**9)
+    ]
+    product = kernels_of.exact(_linear(Gradient.FORWARD, rows=10**6))[0]
+    flops, read, written = product.cost.evaluate()
+    return [*moved, Measurement.of(product, flops / 1e9), Measurement(
+        product.kind, "bfloat16", {k: float(v) for k, v in product.sizes.items()}, flops,
+        read + written, flops / 2e9,
+    )]  # fmt: skip
+
+
+def _calibrated() -> pricing.HardwarePricing:
+    calibration.store(_measurements(), THREADS)
+    return pricing.of(Analysis((), hints={"s0": ROWS}, rest_bytes=(10**9, 10**9)), THREADS)
+
+
+def test_a_calibration_prices_what_it_measured() -> None:
+    prices = _calibrated()
+    site = _linear(Gradient.FORWARD, rows=10**6)
+    price = prices.exact(site)
+    assert price.source == "calibrated" and not prices.doubtful(site)
+    assert price.seconds == pytest.approx(2 * 10**6 * CHANNELS**2 / 1e9, rel=0.01)
+    assert prices.rest().seconds == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_symbolic_size_is_priced_by_its_hint() -> None:
+    prices, size = _calibrated(), sympy.Symbol("s0", integer=True, positive=True)
+    for gradient in Gradient:
+        known, symbolic = _linear(gradient), _linear(gradient, size)
+        assert prices.exact(symbolic) == prices.exact(known)
+        assert prices.identity(symbolic) == prices.identity(known)
+
+
+def test_a_kernel_far_from_every_measurement_is_doubtful() -> None:
+    prices = _calibrated()
+    assert prices.doubtful(_linear(Gradient.FORWARD, rows=ROWS))
+    assert prices.doubtful(_linear(Gradient.WEIGHT, rows=10**6))
+
+
+def test_without_a_calibration_published_figures_are_labelled() -> None:
+    prices = pricing.of(Analysis(()), THREADS)
+    assert prices.exact(_linear(Gradient.FORWARD)).source == "datasheet"
+    assert prices.hardware is DATASHEETS["AVX-512 CPU"]
+    assert "was not measured with 2 threads: run `python -m graphpass" in str(
+        calibration.load(THREADS)
+    )
+
+
+def test_a_gpu_without_figures_is_priced_by_another() -> None:
+    prices = pricing.of(Analysis((), device="cuda"), THREADS)
+    assert prices.exact(_linear(Gradient.FORWARD)).source == "datasheet"
+
+
+def _truncate(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def _elsewhere(text: str) -> str:
+    record = json.loads(text)
+    record["machine"]["processor"] = "another"
+    return json.dumps(record)
+
+
+def _older(text: str) -> str:
+    return json.dumps({**json.loads(text), "version": 0})
+
+
+def _emptied(text: str) -> str:
+    return json.dumps({**json.loads(text), "measurements": []})
+
+
+def _nonsense(text: str) -> str:
+    return text.replace('"seconds": ', '"seconds": -')
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_truncate, "cannot be read"),
+        (lambda text: "[]", "cannot be read"),
+        (_elsewhere, r"was measured elsewhere \(another, 2 threads"),
+        (_older, "of another version"),
+        (_emptied, r"not complete \(no bandwidth"),
+        (_nonsense, r"not complete \(.*must be positive"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_says_why_and_what_to_do(
+    damage: Callable[[str], str], reason: str
+) -> None:
+    path = calibration.store(_measurements(), THREADS)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(AssertionError, match=rf"{reason}.*python -m graphpass calibrate --thr"):
+        raise AssertionError(calibration.load(THREADS))
+    assert pricing.of(Analysis(()), THREADS).source == "datasheet"
+
+
+@pytest.mark.parametrize("gradient", list(Gradient))
+def test_every_kernel_of_int8_is_a_term_and_rounding_is_shared(gradient: Gradient) -> None:
+    method = get_method("int8")
+    kernels = method.cost(_linear(gradient), method.params())
+    kinds = [kernel.kind for kernel in kernels]
+    assert kinds[:4] == ["absolute_max", "int8_round"] * 2 and kinds[4].startswith("int8_")
+    assert [bool(kernel.shared) for kernel in kernels] == [True] * 4 + [False]
+
+
+def _all(name: str) -> list[KernelCost]:
+    method = get_method(name)
+    return [k for g in Gradient for k in method.cost(_linear(g), method.params())]
+
+
+@pytest.mark.parametrize(("name", "run"), [("int8", 3 * 2 + 3), ("bf16", 3 + 3)])
+def test_products_of_a_layer_share_the_work_on_their_operands(name: str, run: int) -> None:
+    """Input, weight and gradient are each rounded once for the three products."""
+    assert len(list(counted_once(_all(name)))) == run
+    elsewhere = [replace(k, shared=k.shared.replace("fc:", "fc2:")) for k in _all(name)]
+    assert len(list(counted_once([*_all(name), *elsewhere]))) == 2 * run
+
+
+def test_shares_of_a_price_are_part_of_it() -> None:
+    prices, method = _calibrated(), get_method("int8")
+    price = prices.approximate(_linear(Gradient.INPUT), method, method.params())
+    assert len(price.shared) == 4
+    assert 0 < sum(price.shared.values()) < price.seconds
+
+
+def test_topk_reads_no_more_of_the_input_than_there_is() -> None:
+    """Its patches overlap: memory gives each value of x once."""
+    [make] = [m for m in workloads.ours(torch.float32) if m.args[2] == (96, 16, 16, 28, 3, 1, 1)]
+    _, _, weight = make.args[1](*make.args[2], make.args[3])
+    few, many = (get_method("topk").params(k=k) for k in (1, 784))
+    (small,), (large,) = (get_method("topk").cost(weight, params) for params in (few, many))
+    x, _, y = (4 * torch.Size(shape).numel() for shape in weight.shapes)
+    assert small.cost.bytes_read == y + 4 * 96 * 16 * 9 * 16
+    assert large.cost.bytes_read == y + x
+
+
+def test_a_site_is_timed_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, timed = _linear(Gradient.FORWARD), []
+
+    def best_s(run: Callable[[], object], limit_s: float) -> float:
+        run()
+        timed.append(limit_s)
+        return 7.0
+
+    monkeypatch.setattr(pricing, "best_s", best_s)
+    price = _calibrated().measure(site)
+    assert (price.seconds, price.source) == (7.0, "measured")
+    # The next process, and a layer of another name, need not time it.
+    again = pricing.of(Analysis(()), THREADS)
+    assert again.exact(replace(site, name="fc2", path="fc2")).source == "measured"
+    assert again.measure(site) == price and len(timed) == 1
+    assert not again.doubtful(site)
+    assert again.exact(_linear(Gradient.WEIGHT)).source == "calibrated"
+
+
+@pytest.mark.usefixtures("aten_only")
+def test_a_method_is_timed_as_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, method = _linear(Gradient.WEIGHT), get_method("int8")
+    results = []
+
+    def best_s(run: Callable[[], object], limit_s: float) -> float:
+        del limit_s
+        results.append(run())
+        return 1.0
+
+    monkeypatch.setattr(pricing, "best_s", best_s)
+    price = _calibrated().measure(site, method, method.params())
+    assert price.source == "measured" and price.seconds == 1.0
+    assert 0 < sum(price.shared.values()) < 1.0
+    [[product]] = results
+    assert product.shape == (CHANNELS, CHANNELS)
+
+
+def test_unreadable_measurements_are_forgotten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"measured-{THREADS}.json").write_text("{")
+    assert not pricing.of(Analysis(()), THREADS).measured
+    assert "ignoring the unreadable file" in caplog.text
+
+
+class Block(nn.Module):
+    """A convolution, its normalisation and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.bn(self.conv(x)) + x)
+
+
+def test_the_rest_of_a_step_is_counted_as_it_is_fused() -> None:
+    """What moves: twice conv's output and the shortcut, forward; about as much again, backward."""
+    x = torch.randn(8, 16, 32, 32, requires_grad=True)
+    (analysis,) = dry_run.analyses(Block(), x)
+    assert analysis.device == "cpu"
+    large = [count for count in analysis.rest_bytes if count >= x.nbytes]
+    # Statistics, then the block's output; the gradient's sums, then what the convolution is given.
+    assert 3 <= len(large) <= 6
+    assert 8 <= sum(large) / x.nbytes <= 15
+
+
+@pytest.mark.skipif(int8.unsupported() is not None, reason="this processor has no VNNI")
+def test_calibrating_measures_writes_and_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a few small shapes; what is measured in earnest takes a minute."""
+    small = (2, 16, 16, 8, 3, 1, 1)
+    monkeypatch.setattr(workloads, "CONVOLUTIONS", (small,))
+    monkeypatch.setattr(workloads, "OUR_CONVOLUTIONS", ())
+    monkeypatch.setattr(workloads, "LINEARS", ((8, 16, 16),))
+    monkeypatch.setattr(workloads, "OUR_LINEARS", ((8, 16, 16),))
+    monkeypatch.setattr(workloads, "BATCHES", ((2, 8, 8, 8),))
+    monkeypatch.setattr(workloads, "ATTENTIONS", ((2, 2, 8, 16),))
+    monkeypatch.setattr(workloads, "MOVED_BYTES", (96, 9600))
+    monkeypatch.setattr(workloads, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(workloads, "NORMALISED", ())
+    monkeypatch.setattr(calibrate, "_CALLS_S", 0.0)
+    monkeypatch.setattr(timing, "_CACHE_BYTES", 64)
+    assert __main__.main(["calibrate", "--threads", "1", "--seconds", "1"]) == 0
+    assert "GFLOP/s" in capsys.readouterr().out
+    hardware = calibration.load(1)
+    assert not isinstance(hardware, str) and hardware.calibrated
+    kinds = {kind for kind, _ in hardware.efficiencies}
+    assert {"convolution_weight", "mm_input", "bmm", "attention_forward", "reduce"} <= kinds
+    assert {"int8_round", "absolute_max", "int8_wgrad", "int8_dgrad", "int8_forward"} <= kinds
+    assert Machine.this(1).processor in hardware.name
+    first = calibration.measurements(1)
+    calibrate.calibrate(1, 0.0, True, Console(quiet=True))
+    again = calibration.measurements(1)
+    assert not isinstance(first, str) and not isinstance(again, str)
+    faster = {one.identity: one.seconds for one in again}
+    assert all(faster[one.identity] <= one.seconds for one in first)
+
+
+@pytest.mark.parametrize("argument", ["0", "-1", "x"])
+def test_a_senseless_number_of_threads_is_refused(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["calibrate", "--threads", argument])
+    assert "no whole number >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", methods().values(), ids=methods().keys())
+def test_every_kernel_has_sizes_that_can_be_priced(method: Method) -> None:
+    """At least one, so that a table can be made of it; all are 1 or more."""
+    for make in workloads.ours(torch.float32)[:1]:
+        for site in make.args[1](*make.args[2], make.args[3]):
+            params = method.params()
+            if site.gradient in method.gradients and method.reject(site, params) is None:
+                for kernel in method.cost(site, params):
+                    assert kernel.sizes
+                    assert all(size >= 1 for size in kernel.sizes.values())
