@@ -83,12 +83,14 @@ def _closure(flow: Flow) -> dict[int, int]:
 
 def _leaving(graph: Graph, parameters: Collection[int]) -> Iterator[Node]:
     """Yield the gradients that are handed to another graph, or to the user: no parameter's."""
-    inputs = [
-        node for node in graph.find_nodes(op="placeholder") if "tangents" not in str(node.target)
-    ]
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs = [node for node in placeholders if "tangents" not in str(node.target)]
+    results = joint_graph.output_values(graph)
+    if len(inputs) == len(placeholders) or len(results) < len(inputs):
+        # Without tangents there is no backward part: joint passes see such graphs too.
+        return
     # The last results are the gradients of the inputs, one each.
-    gradients = joint_graph.output_values(graph)[-len(inputs) :] if inputs else []
-    for node, gradient in zip(inputs, gradients, strict=True):
+    for node, gradient in zip(inputs, results[len(results) - len(inputs) :], strict=True):
         if isinstance(gradient, Node) and joint_graph.input_index(node) not in parameters:
             yield gradient
 

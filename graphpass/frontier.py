@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 # States of the dynamic programme that are looked at before it is given up: half a second.
-_WORK = 150_000
+_WORK = 300_000
 # Sums of the same numbers in another order differ by this much.
 _TOLERANCE = 1e-12
 

@@ -177,8 +177,15 @@ class Plan:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
+    def to_html(self, path: str | Path) -> None:
+        """Write the plan as one HTML page, whole or not at all."""
+        from codegen.cache import write_atomically
+        from graphpass.pages import plan_html
+
+        write_atomically(Path(path), plan_html(self))
+
     def __str__(self) -> str:
-        """Return a table of the plan."""
+        """Return a table of the plan, and what is predicted of it."""
         from graphpass.render import plan_table
 
         return plan_table(self)

@@ -31,6 +31,10 @@ class Effect:
     tau: float
     bias: float
 
+    def __str__(self) -> str:
+        """Return both, or the noise alone where there is no bias."""
+        return f"tau {self.tau:.2g}" + (f", bias {self.bias:.2g}" if self.bias else "")
+
 
 class Propagation:
     """How errors of a graph's sites reach its gradient.

@@ -14,7 +14,7 @@ from typing import Any
 from codegen.cache import write_atomically
 from codegen.kernel import missing_toolchain
 from cost_model import Cost, total
-from graphpass import figures, memory, render
+from graphpass import figures, memory, pages, render
 from graphpass.capture import Analysis
 from graphpass.errors import Reason
 from graphpass.outlook import Measured
@@ -128,7 +128,7 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML page, whole or not at all."""
-        write_atomically(Path(path), figures.report_html(self))
+        write_atomically(Path(path), pages.report_html(self))
 
     def __str__(self) -> str:
         """Return the report as a table, with the schedule drawn below it."""

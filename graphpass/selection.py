@@ -90,21 +90,26 @@ def _options(menu: Menu) -> list[int | None]:
 
 
 def _best(menu: Menu, numbers: Sequence[int | None]) -> list[int | None]:
-    """Return the candidates that no other one is better than in every respect."""
+    """Return the candidates that no other one is better than, were what they share for nothing."""
 
-    def figures(number: int | None) -> tuple[float, float, float]:
+    def figures(number: int | None, shared: bool) -> tuple[float, float, float]:
         choice = _choice([menu], (number,))
-        return choice.seconds, choice.tau, choice.bias
+        if number is None or not shared:
+            return choice.seconds, choice.tau, choice.bias
+        saved = sum(menu.candidates[number].price.shared.values())
+        return choice.seconds - saved, choice.tau, choice.bias
 
-    known = {number: figures(number) for number in numbers}
+    alone = {number: figures(number, shared=False) for number in numbers}
+    together = {number: figures(number, shared=True) for number in numbers}
     return [
         number
         for number in numbers
         if number is None
         or not any(
-            known[other] != known[number]
-            and all(a <= b for a, b in zip(known[other], known[number], strict=True))
+            alone[other] != together[number]
+            and all(a <= b for a, b in zip(alone[other], together[number], strict=True))
             for other in numbers
+            if other != number
         )
     ]
 
@@ -142,7 +147,7 @@ def _savings(menus: Sequence[Menu], chosen: Sequence[Candidate | None], place: i
 
 def _other_texts(menu: Menu, pick: Candidate | None, savings: Sequence[float]) -> tuple[str, ...]:
     texts = [
-        f"{candidate}: would {_change(saved)}, tau {candidate.effect.tau:.2g}"
+        f"{candidate}: would {_change(saved)} for {candidate.effect}"
         for candidate, saved in zip(menu.candidates, savings, strict=True)
         if candidate is not pick
     ]
@@ -159,7 +164,7 @@ def _reason(menu: Menu, savings: Sequence[float], small_gain: float | None) -> R
     saved, best = max(zip(savings, menu.candidates, strict=True), key=lambda pair: pair[0])
     if saved <= 0:
         return Rejected(Reason.NO_GAIN, f"{best} would {_change(saved)}")
-    detail = f"{best} would {_change(saved)} for tau {best.effect.tau:.2g}"
+    detail = f"{best} would {_change(saved)} for {best.effect}"
     if small_gain is not None:
         percent = f"{100 * small_gain:.1f} of {100 * LEAST_GAIN:g} %"
         return Rejected(Reason.SMALL_GAIN, f"{percent}; {detail}")

@@ -222,6 +222,17 @@ def test_the_same_plan_every_time_and_in_files() -> None:
     assert "<- this plan" in text
 
 
+def test_candidates_are_dropped_only_where_they_are_no_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dear = Prices({"int8": 1.1, "prune": 0.9})
+    whole = planned(budget=0.003, prices=dear)
+    monkeypatch.setattr("graphpass.selection._COMBINATIONS", 1)
+    # Rounding that is shared makes int8 pay, though alone it costs more than the exact product.
+    assert planned(budget=0.003, prices=dear) == whole
+    assert "int8" in names(whole).values()
+
+
 def resnet152() -> Analysis:
     """Return the shapes of ResNet-152's convolutions at 224 pixels: one in three is 3x3."""
     stages = [(64, 56, 3), (128, 28, 8), (256, 14, 36), (512, 7, 3)]

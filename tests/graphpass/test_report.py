@@ -106,6 +106,10 @@ def test_the_frontier_is_drawn(tmp_path: Path) -> None:
     assert bars == sorted(bars, reverse=True) and bars[0] > bars[-1]
     svg = frontier_svg(plan.prediction)
     assert svg.count("<circle") == len(points) + 1 and svg.endswith("</svg>")
+    plan.to_html(tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text()
+    assert svg in page and page.count('class="approximated"') == len(plan.approximated)
+    assert all(decision.site in page for decision in plan.decisions)
 
 
 def test_json_round_trip(report: Report) -> None:
