@@ -106,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = moment
         record[moment] = measure(run)
         Console().print(_table(moment, record[moment]))
-    settings = {
-        name: getattr(given, name) for name in ("model", "fresh", "batches", "draws", "probes")
-    }
-    written = write_results(given.output, {**settings, "window": WINDOW, "moments": record})
-    Console().print(f"written to {written}")
+        settings = {
+            name: getattr(given, name) for name in ("model", "fresh", "batches", "draws", "probes")
+        }
+        # After every moment: what follows may take long.
+        write_results(given.output, {**settings, "window": WINDOW, "moments": record})
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -124,6 +124,7 @@ def measure(run: Run) -> dict[str, Any]:
     rows = {}
     for name, numbers in plans.items():
         rows[name] = _compare(run, numbers, local, truth)
+        Console().print(name, rows[name])
     assert run.sketch is not None
     values = values_of(run.sketch.result().tolist())
     estimate = sum(half for half, _ in values)

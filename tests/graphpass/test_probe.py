@@ -145,6 +145,7 @@ def test_a_batch_of_one() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@torch._functorch.config.patch(donated_buffer=False)
 def test_backward_may_run_again_and_notes_come_from_cached_graphs_too() -> None:
     before = counters["aot_autograd"]["autograd_cache_hit"]
     found = []
