@@ -143,6 +143,7 @@ def test_no_ordinary_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     called = Dispatcher.__call__
 
     def dispatch(self: Dispatcher, *args: Any) -> Any:
+        known, waited = len(self.variants.compiled), len(waits)
         for name, function in originals.items():
 
             def waiting(tensor: Tensor, function: Any = function) -> Any:
@@ -155,6 +156,9 @@ def test_no_ordinary_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) 
         finally:
             for name, function in originals.items():
                 monkeypatch.setattr(Tensor, name, function)
+            if len(self.variants.compiled) > known:
+                # Compilers read what they like.
+                del waits[waited:]
 
     run.run(range(2))
     monkeypatch.setattr(Dispatcher, "__call__", dispatch)
