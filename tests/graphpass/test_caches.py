@@ -274,7 +274,8 @@ def remembered(folder: Path) -> Path:
 
 
 GOOD: dict[str, Any] = {
-    "version": 2, "sites": [], "hints": {}, "saved_bytes": 0, "variants": {}, "flow": [],
+    "version": 3, "sites": [], "hints": {}, "saved_bytes": 0, "variants": {}, "flow": [],
+    "ends": [],
 }  # fmt: skip
 
 
