@@ -11,14 +11,13 @@ from codegen import notes
 from graphpass import backend
 from graphpass.callers import first_parameter, parameter_names
 from graphpass.capture import Analysis
-from graphpass.dependence import reached
 from graphpass.measuring import Names
 from graphpass.method import get_method
-from graphpass.noise import key_of
 from graphpass.owner import find_owner
 from graphpass.products import Replacement
 from graphpass.sheet import Probe, Reading, Subject
 from graphpass.site import Gradient
+from graphpass.steering import names_of
 from graphpass.variants import EXACT, Active, Choice, Dispatcher, Variants
 
 Specs = Sequence[Mapping[str, Any]]
@@ -90,20 +89,8 @@ class Laboratory:
 
     def names(self) -> Names:
         """Return what everything is called."""
-        sites = self.analysis.sites
-        keys = {
-            number: key_of(r.site.id, r.method.name, r.params)
-            for number, r in enumerate(self.variants.replacements)
-        }
-        weights: dict[str, tuple[int, ...]] = {}
-        for number, position in self.analysis.ends:
-            weights[sites[number].id] = (*weights.get(sites[number].id, ()), position)
-        reach = {
-            sites[number].id: tuple(sites[i].id for i in found)
-            for number, found in reached(self.analysis.flow, sites).items()
-            if sites[number].gradient is Gradient.INPUT
-        }
-        return Names(keys, self._names, weights, reach)
+        candidates = dict(enumerate(self.variants.replacements))
+        return names_of(self.analysis, candidates, self._names, [frozenset(candidates)])
 
     def _choose(self, args: Sequence[Any]) -> Choice:
         del args

@@ -144,8 +144,8 @@ class Controller:
         probes = [Probe(EXACT, plan)] * _PLAN_PROBES if plan else []
         if self._checks:
             return Round(probes, self._subject, 0, None)
-        everything = Probe(frozenset(self._names.candidates), EXACT)
-        return Round([everything, *probes], self._subject, _WINDOW, Sketch(_trained(parameters)))
+        every = [Probe(group, EXACT) for group in self._names.groups]
+        return Round([*every, *probes], self._subject, _WINDOW, Sketch(_trained(parameters)))
 
     def _finish(self, step: int) -> None:
         assert self._round is not None

@@ -62,13 +62,21 @@ class Sketch:
         for position in self.positions:
             parameter = parameters[position]
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(partial(self._gather, position)))
+                self._hooks.append(parameter.register_hook(partial(self.gather, position)))
 
     def close(self) -> None:
         """Gather no more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def gather(self, position: int, grad: Tensor) -> None:
+        """Take the chosen entries of the gradient of a parameter."""
+        if type(grad) is not Tensor or grad.layout != torch.strided:
+            return
+        values = grad.detach() if grad.dim() else grad.detach()[None]
+        self._row[self._place[position]] = values[self._index[position]].float()
+        self._arrived = True
 
     def fold(self) -> None:
         """Add what the last backward pass brought, if there was one, to the sums.
@@ -104,13 +112,6 @@ class Sketch:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._last.copy_(torch.tensor(state["last"]))
         self.pairs = state["pairs"]
-
-    def _gather(self, position: int, grad: Tensor) -> None:
-        if type(grad) is not Tensor or grad.layout != torch.strided:
-            return
-        values = grad.detach() if grad.dim() else grad.detach()[None]
-        self._row[self._place[position]] = values[self._index[position]].float()
-        self._arrived = True
 
 
 def values_of(result: Iterable[float]) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@
 Plans that the user made, by naming methods or by handing one in, are left as they are.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,13 @@ from graphpass.products import Replacement
 from graphpass.session import Session
 from graphpass.site import Gradient
 from graphpass.variants import Variants
+
+# The first steps of a run are like none of the later ones.
+_FIRST_STEP = 10
+# A plan that begins later is measured right before.
+_MEASURING_STEPS = 40
+# Of an exact step, what the candidates of one probe may take beside it; the rest is in others.
+_PROBE_SHARE = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +77,57 @@ def why_not(analysis: Analysis, options: Options, frozen: bool) -> str | None:
 def controller_of(part: Part, variants: Variants, current: Subplan) -> Controller | str:
     """Return what keeps the plan of a part within its budget, or why nothing does."""
     pricing = prices.of(part.analysis, torch.get_num_threads())
-    numbers = {}
-    for replacement in (
-        *replacements(current.plan(), part.analysis.sites),
-        *_offers(part, pricing),
-    ):
-        key = key_of(replacement.site.id, replacement.method.name, replacement.params)
-        numbers[variants.position(replacement)] = key
-    if not numbers:
+    offers = (*replacements(current.plan(), part.analysis.sites), *_offers(part, pricing))
+    candidates = {variants.position(replacement): replacement for replacement in offers}
+    if not candidates:
         return Reason.NOTHING_PAYS.value
-    sites = part.analysis.sites
+    groups = _groups(candidates, part, pricing)
+    names = names_of(part.analysis, candidates, part.parameters, groups)
+    return Controller(_policy(part, pricing, current), variants.subject, names, current)
+
+
+def names_of(
+    analysis: Analysis,
+    candidates: Mapping[int, Replacement],
+    parameters: Mapping[int, str],
+    groups: Sequence[frozenset[int]],
+) -> Names:
+    """Return what the numbers of a graph are called.
+
+    Args:
+        analysis: what it holds.
+        candidates: what is measured, by its number among the replacements.
+        parameters: names of the parameters by position.
+        groups: candidates that one probe looks at.
+    """
+    sites = analysis.sites
     weights: dict[str, tuple[int, ...]] = {}
-    for number, position in part.analysis.ends:
+    for number, position in analysis.ends:
         weights[sites[number].id] = (*weights.get(sites[number].id, ()), position)
     reach = {
         sites[number].id: tuple(sites[i].id for i in found)
-        for number, found in reached(part.analysis.flow, sites).items()
+        for number, found in reached(analysis.flow, sites).items()
         if sites[number].gradient is Gradient.INPUT
     }
-    names = Names(numbers, part.parameters, weights, reach)
-    return Controller(_policy(part, pricing, current), variants.subject, names, current)
+    keys = {i: key_of(r.site.id, r.method.name, r.params) for i, r in candidates.items()}
+    return Names(keys, parameters, weights, reach, tuple(groups))
+
+
+def _groups(
+    candidates: Mapping[int, Replacement], part: Part, pricing: Pricing
+) -> tuple[frozenset[int], ...]:
+    """Return the candidates in groups, each of which a single probe looks at."""
+    step_s = pricing.rest().seconds + sum(pricing.exact(s).seconds for s in part.analysis.sites)
+    groups: list[set[int]] = [set()]
+    taken_s = 0.0
+    for number, candidate in sorted(candidates.items()):
+        seconds = pricing.approximate(candidate.site, candidate.method, candidate.params).seconds
+        if groups[-1] and taken_s + seconds > _PROBE_SHARE * step_s:
+            groups.append(set())
+            taken_s = 0.0
+        groups[-1].add(number)
+        taken_s += seconds
+    return tuple(map(frozenset, groups))
 
 
 def _offers(part: Part, pricing: Pricing) -> list[Replacement]:
@@ -139,12 +177,9 @@ def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
         planned = replacements(plan, part.analysis.sites)
         return _figure(asked())(predict(part.analysis, planned, pricing, table))
 
-    first = max(options.warmup_steps - _MEASURING_STEPS, schedule.start - _MEASURING_STEPS, 0)
+    begin = max(options.warmup_steps, schedule.start)
+    first = max(begin - _MEASURING_STEPS, _FIRST_STEP)
     return Policy(options.probe_every, replan, limit, score, first, schedule.stop)
-
-
-# A plan that begins later is measured right before.
-_MEASURING_STEPS = 40
 
 
 def _figure(budget: Any) -> Callable[[Prediction], float]:

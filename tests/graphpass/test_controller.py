@@ -58,7 +58,9 @@ class World:
         self.finite = True
         self.asked: list[NoiseTable] = []
         keys = {2 * i + j: (SITES[i], METHODS[j], "{}") for i in range(2) for j in range(2)}
-        self.names = Names(keys, {0: "a", 1: "b"}, {SITES[0]: (0,), SITES[1]: (1,)}, {})
+        self.names = Names(
+            keys, {0: "a", 1: "b"}, {SITES[0]: (0,), SITES[1]: (1,)}, {}, (frozenset(keys),)
+        )
         given: dict[str, Any] = {"probe_every": 20, "score": self.score, **policy}
         self.controller = Controller(
             Policy(replan=self.replan, budget=lambda: self.budget, **given),

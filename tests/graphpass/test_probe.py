@@ -1,6 +1,7 @@
 """The probe: what it computes, beside gradients that stay what they are."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from graphpass.sheet import Probe, Reading
 
 pytestmark = pytest.mark.usefixtures("aten_only")
 
-SPECS = [
+SPECS: list[dict[str, Any]] = [
     {"name": "prune", "gradient": "weight", "min_channels": 1},
     {"name": "prune", "gradient": "input", "min_channels": 1},
     {"name": "zero", "gradient": "weight"},
@@ -144,6 +145,7 @@ def test_a_batch_of_one() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@torch._functorch.config.patch(donated_buffer=False)
 def test_backward_may_run_again_and_notes_come_from_cached_graphs_too() -> None:
     before = counters["aot_autograd"]["autograd_cache_hit"]
     found = []
