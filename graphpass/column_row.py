@@ -155,7 +155,8 @@ def noise(site: Site, params: Any, *operands: Tensor) -> Tensor:
         return variance.sum()
     if params.sampling == "uniform":
         spread: Tensor = (energies.sum(1) - totals / n) / max(n - 1, 1)
-        return (spread * (n * (n - count) / count)).sum()
+        spread = spread * (n * (n - count) / count)
+        return spread.sum()
     excess = (_threshold(masses, count) / masses.clamp_min(1e-300) - 1).clamp_min(0)
     return (torch.where(masses > 0, energies * excess, 0.0)).sum()
 

@@ -195,7 +195,11 @@ def _is_name(text: object) -> bool:
 def _by_layer(
     found: Recipe, values: Mapping[str, Any], model: nn.Module
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return entries for each layer; those that would keep all of their weights have none."""
+    """Return entries for each layer; those that would keep all of their weights have none.
+
+    Raises:
+        ConfigError: if there is no layer.
+    """
     weights = {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()

@@ -247,7 +247,8 @@ def _channel_norms(site: Site, second: Tensor) -> tuple[Tensor, int]:
 
 def _by_group(weight: Tensor, mask: Tensor) -> Tensor:
     """Return the filters of every group, masked by the group's channels."""
-    return (weight.unflatten(0, (mask.shape[0], -1)) * mask[:, None]).flatten(0, 1)
+    masked: Tensor = weight.unflatten(0, (mask.shape[0], -1)) * mask[:, None]
+    return masked.flatten(0, 1)
 
 
 def _kept(count: Any, params: Params) -> Any:
