@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.dense_models import alexnet, densenet121
 from examples.large_models import DEPTHS, deep_resnet, mlp, vit, vit_s, wide_resnet
 from graphpass.errors import ConfigError
 
@@ -20,9 +21,9 @@ def build(name: str, **sizes: int) -> nn.Module:
     """Build the model called `name`, with freshly initialised parameters.
 
     Args:
-        name: `cnn2`, `vgg19`, `vit`, `vit-s`, `mlp`, `wrn-<depth>-<widening>` or `resnet<depth>`:
-            depths 18, 34, 50, 101 and 152 are the ImageNet family, others that of CIFAR
-            (`resnet20`).
+        name: `cnn2`, `vgg16`, `vgg19`, `alexnet`, `densenet121`, `vit`, `vit-s`, `mlp`,
+            `wrn-<depth>-<widening>` or `resnet<depth>`: depths 18, 34, 50, 101 and 152 are the
+            ImageNet family, others that of CIFAR (`resnet20`).
         **sizes: Keyword arguments of the model: `in_channels`, `image_size`, `num_classes`, and for
             CIFAR ResNets `width`.
 
@@ -119,7 +120,17 @@ def vgg19(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> 
         ConfigError: If `image_size` is not a multiple of 32.
     """
     _check_image_size("vgg19", image_size, multiple=32)
-    return Vgg19(in_channels, image_size, num_classes)
+    return Vgg(4, in_channels, image_size, num_classes)
+
+
+def vgg16(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn.Module:
+    """Build VGG-16, configuration D, in the form of `vgg19`: 13 convolutions, one classifier.
+
+    Raises:
+        ConfigError: If `image_size` is not a multiple of 32.
+    """
+    _check_image_size("vgg16", image_size, multiple=32)
+    return Vgg(3, in_channels, image_size, num_classes)
 
 
 class BasicBlock(nn.Module):
@@ -195,14 +206,14 @@ class Cnn2(nn.Module):
         return logits
 
 
-class Vgg19(nn.Module):
+class Vgg(nn.Module):
     """`features` holds convolutions, BatchNorms, ReLUs and poolings in order; `fc` classifies."""
 
-    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
-        """Set up the 16 convolutions of configuration E."""
+    def __init__(self, depth: int, in_channels: int, image_size: int, num_classes: int) -> None:
+        """Set up two stages of two convolutions and three of `depth`."""
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, repeats in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+        for channels, repeats in ((64, 2), (128, 2), (256, depth), (512, depth), (512, depth)):
             for _ in range(repeats):
                 layers += [_conv3x3(in_channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()]
                 in_channels = channels
@@ -218,8 +229,11 @@ class Vgg19(nn.Module):
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": alexnet,
     "cnn2": cnn2,
+    "densenet121": densenet121,
     "mlp": mlp,
+    "vgg16": vgg16,
     "vgg19": vgg19,
     "vit": vit,
     "vit-s": vit_s,

@@ -8,6 +8,7 @@ from graphpass.errors import ApproxError, ConfigError
 from graphpass.method import methods
 from graphpass.options import Options
 from graphpass.plan import Decision, Plan
+from graphpass.recipes import recipe
 from graphpass.report import Report, Row, reports
 from graphpass.schedule import Schedule
 from graphpass.session import Session, session
@@ -28,6 +29,7 @@ __all__ = [
     "Tuned",
     "methods",
     "plan",
+    "recipe",
     "reports",
     "session",
     "tune",

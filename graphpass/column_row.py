@@ -165,8 +165,8 @@ def noise(site: Site, params: Any, *operands: Tensor) -> Tensor:
         return variance.sum()
     if params.sampling == "uniform":
         spread: Tensor = (energies.sum(1) - totals / n) / max(n - 1, 1)
-        scaled: Tensor = spread.sum() * (n * (n - count) / count)
-        return scaled
+        spread = spread * (n * (n - count) / count)
+        return spread.sum()
     excess = (_threshold(masses, count) / masses.clamp_min(1e-300) - 1).clamp_min(0)
     added: Tensor = torch.where(masses > 0, energies * excess, 0.0)
     return added.sum()

@@ -133,15 +133,14 @@ class ChannelPairs(Pairs):
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the convolution with all filters, weighted."""
         filters, axis = self._filters()
-        return self._convolve(
-            self.operands[0], (filters * along(weights, filters, axis)).flatten(0, 1)
-        )
+        scaled = (filters * along(weights, filters, axis)).flatten(0, 1)
+        return self._convolve(self.operands[0], scaled)
 
     def split(self, result: Tensor) -> Tensor:
         """Return the results of a group a row."""
         groups = geometry_of(self.site).groups
-        parts: Tensor = result.unflatten(1, (groups, -1)).movedim(1, 0)
-        return parts.reshape(groups, -1)
+        parts: Tensor = result.unflatten(1, (groups, -1)).movedim(1, 0).reshape(groups, -1)
+        return parts
 
     def _filters(self) -> tuple[Tensor, int]:
         """Return the weight as [groups, ?, ?, *kernel], and the axis that is contracted."""

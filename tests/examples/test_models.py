@@ -20,7 +20,10 @@ def paths(model: nn.Module, kind: type[nn.Module]) -> list[str]:
         ("resnet14", 13, 1),
         ("resnet20", 19, 1),
         ("resnet32", 31, 1),
+        ("vgg16", 13, 1),
         ("vgg19", 16, 1),
+        ("alexnet", 5, 1),
+        ("densenet121", 120, 1),
         ("resnet18", 20, 1),
         ("resnet50", 53, 1),
         ("resnet152", 155, 1),
@@ -41,7 +44,9 @@ def test_resnet20_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in build("resnet20").parameters()) == 269_722
 
 
-@pytest.mark.parametrize("name", ["cnn2", "resnet8", "vgg19", "resnet18", "wrn-10-1", "vit", "mlp"])
+@pytest.mark.parametrize(
+    "name", ["cnn2", "resnet8", "vgg19", "alexnet", "resnet18", "wrn-10-1", "vit", "mlp"]
+)
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_logits_and_gradients(name: str, in_channels: int) -> None:
     model = build(name, in_channels=in_channels, num_classes=7)
