@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.8)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--data", help="folder with the files of CIFAR-10")
-    parser.add_argument("--sections", nargs="+", default=["correct", "layers", "steps", "epochs"])
+    sections = ["correct", "layers", "steps", "epochs", "tiles"]
+    parser.add_argument("--sections", nargs="+", default=sections, choices=sections)
     given = parser.parse_args(argv)
     _own_caches()
     record: Record = {"date": time.strftime("%Y-%m-%d"), "device": given.device, "sections": {},
@@ -157,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.run([_steps(run, *model, limit) for model in models], min(3, cores))
     if "epochs" in given.sections and given.data:
         run.run([_epochs(run, given.data)], 1)
+    if "tiles" in given.sections and given.device == "cuda":
+        module = ["-m", "benchmarks.gpu_tiles", "--arch", str(_arch(run))]
+        run.run([Task("tiles", module, max(30.0, run.left_s))], 1)
     run.write()
     print(run.output.with_suffix(".txt").read_text(encoding="utf-8"))
 
@@ -179,14 +183,18 @@ def _section(run: Run, section: str, names: list[str], limit_s: float) -> Task:
 
 def _warm(run: Run, cores: int) -> list[Task]:
     names = ["ga", "resnet50"] if run.device == "cuda" else ["tiny"]
-    capability = [
-        record["capability"] for record in run.record["sections"].get("machine", ())
-        if "capability" in record
-    ]  # fmt: skip
-    arch = 10 * capability[0][0] + capability[0][1] if capability else 90
-    workers = max(1, cores // 2)
-    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(arch), "--workers", str(workers)]
+    workers = ["--workers", str(max(1, cores // 2))]
+    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(_arch(run)), *workers]
     return [Task("warm", module, 150)]
+
+
+def _arch(run: Run) -> int:
+    """Return the compute capability as Triton writes it; that of an H200 if it is not known."""
+    for record in run.record["sections"].get("machine", ()):
+        if "capability" in record:
+            major, minor = record["capability"]
+            return int(10 * major + minor)
+    return 90
 
 
 def _layers(run: Run, name: str) -> None:
