@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one run of at most 8 minutes on a bare machine.
 
     python -m benchmarks.gpu                       # writes results/gpu.json and results/gpu.txt
+    python -m benchmarks.gpu --sections steps      # that alone, with all the time there is
     python -m benchmarks.gpu --device cpu --minutes 3    # the flow alone, tiny shapes, no Triton
 
 Every kernel against float64; GA's eight layers and ResNet-50's against the vendor's library; whole
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.8)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--data", help="folder with the files of CIFAR-10")
-    parser.add_argument("--sections", nargs="+", default=["correct", "layers", "steps", "epochs"])
+    sections = ["correct", "layers", "steps", "epochs", "tiles"]
+    parser.add_argument("--sections", nargs="+", default=sections, choices=sections)
     given = parser.parse_args(argv)
     _own_caches()
     record: Record = {"date": time.strftime("%Y-%m-%d"), "device": given.device, "sections": {},
@@ -144,19 +146,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(given.device, time.monotonic() + 60 * given.minutes, given.output, record)
     cores = os.cpu_count() or 1
     run.run([_section(run, "machine", [], 60)], 1)
+    models = list(MODELS if given.device == "cuda" else TINY)
+    models = models if "steps" in given.sections else []
+    together: list[Task] = []
+    if {"correct", "layers"} & set(given.sections):
+        # While kernels are checked and compiled, so are the first models: steps are timed one model
+        # at a time, after a minute of compilation, when little else is left to run.
+        together = [_warm(run, cores)] if "layers" in given.sections else []
+        together += [_steps(run, *model, 0.45 * run.left_s) for model in models[:3]]
+        models = models[3:]
     if "correct" in given.sections:
-        # The layers' kernels are compiled on the processors that this leaves idle.
-        tasks = [_section(run, "correct", [name], 150) for name in KERNELS]
-        run.run([*_warm(run, cores), *tasks], max(2, cores - 2))
+        together += [_section(run, "correct", [name], 150) for name in KERNELS]
+    run.run(together, max(2, cores - 2))
     if "layers" in given.sections:
         for name in ("ga", "resnet50") if given.device == "cuda" else ("ga",):
             _layers(run, name)
-    if "steps" in given.sections:
-        models = MODELS if given.device == "cuda" else TINY
-        limit = max(60.0, run.left_s * 0.6)
-        run.run([_steps(run, *model, limit) for model in models], min(3, cores))
+    limit = max(60.0, run.left_s * 0.5)
+    run.run([_steps(run, *model, limit) for model in models], min(3, cores))
     if "epochs" in given.sections and given.data:
         run.run([_epochs(run, given.data)], 1)
+    if "tiles" in given.sections and given.device == "cuda":
+        module = ["-m", "benchmarks.gpu_tiles", "--arch", str(_arch(run))]
+        run.run([Task("tiles", module, max(30.0, run.left_s))], 1)
     run.write()
     print(run.output.with_suffix(".txt").read_text(encoding="utf-8"))
 
@@ -170,6 +181,8 @@ def _own_caches() -> None:
         (str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     )
     os.environ["PYTHONUNBUFFERED"] = "1"
+    # Of each of several processes that compile at once.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
 
 def _section(run: Run, section: str, names: list[str], limit_s: float) -> Task:
@@ -177,16 +190,20 @@ def _section(run: Run, section: str, names: list[str], limit_s: float) -> Task:
     return Task(section, module, limit_s)
 
 
-def _warm(run: Run, cores: int) -> list[Task]:
+def _warm(run: Run, cores: int) -> Task:
     names = ["ga", "resnet50"] if run.device == "cuda" else ["tiny"]
-    capability = [
-        record["capability"] for record in run.record["sections"].get("machine", ())
-        if "capability" in record
-    ]  # fmt: skip
-    arch = 10 * capability[0][0] + capability[0][1] if capability else 90
-    workers = max(1, cores // 2)
-    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(arch), "--workers", str(workers)]
-    return [Task("warm", module, 150)]
+    workers = ["--workers", str(max(1, cores // 2))]
+    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(_arch(run)), *workers]
+    return Task("warm", module, 150)
+
+
+def _arch(run: Run) -> int:
+    """Return the compute capability as Triton writes it; that of an H200 if it is not known."""
+    for record in run.record["sections"].get("machine", ()):
+        if "capability" in record:
+            major, minor = record["capability"]
+            return int(10 * major + minor)
+    return 90
 
 
 def _layers(run: Run, name: str) -> None:

@@ -17,6 +17,7 @@ def table(record: Record) -> str:
         _correct(sections.get("correct", ())),
         _layers(sections.get("layers", ())),
         _steps(sections.get("steps", ())),
+        _tiles(sections.get("tiles", ())),
         _failures(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -76,6 +77,16 @@ def _steps(records: Iterable[Record]) -> str:
     head = ("model", "dtype", "setting", "step ms", "times faster", "compile s", "products",
             "loss", "GB")  # fmt: skip
     return _rows("Training steps", head, rows)
+
+
+def _tiles(records: Iterable[Record]) -> str:
+    rows = [
+        (record["kernel"], "x".join(map(str, record["shape"])), record["tile"],
+         f"{1e6 * record['s']:.1f}")
+        for record in records
+        if "s" in record
+    ]  # fmt: skip
+    return _rows("Tiles", ("kernel", "first operand", "tile", "us"), rows)
 
 
 def _times(record: Record) -> str:

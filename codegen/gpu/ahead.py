@@ -44,8 +44,6 @@ def launches(name: str, program: Program, dtypes: Sequence[torch.dtype]) -> list
         program: its Triton.
         dtypes: of operands and results.
     """
-    import triton
-
     module = build.load(name, program)
     noted: list[Launch] = []
 
@@ -60,13 +58,13 @@ def launches(name: str, program: Program, dtypes: Sequence[torch.dtype]) -> list
 
             return note
 
-    kernels = {k: v for k, v in vars(module).items() if isinstance(v, triton.JITFunction)}
+    launchers = {k: v for k, v in vars(module).items() if isinstance(v, build.Launcher)}
     types = (*dtypes, *(scratch.dtype for scratch in program.scratch))
     try:
-        vars(module).update({name: Stand(kernel) for name, kernel in kernels.items()})
+        vars(module).update({name: Stand(each.kernel) for name, each in launchers.items()})
         module.run(*(torch.empty(0, dtype=dtype, device="meta") for dtype in types))
     finally:
-        vars(module).update(kernels)
+        vars(module).update(launchers)
     return noted
 
 

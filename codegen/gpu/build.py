@@ -7,9 +7,10 @@ finds it in its own cache on disk. The file is named after the primitive and a h
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def load(name: str, program: Program) -> ModuleType:
         assert spec is not None and spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        _launch_directly(module)
         _LOADED[path] = module
     return _LOADED[path]
 
@@ -53,6 +55,51 @@ _LOADED: dict[Path, ModuleType] = {}
 # Told of every program that a graph is going to need, and of operands and results, which are fake:
 # who has processors to spare may compile them meanwhile (`codegen.gpu.ahead.warm`).
 LISTENERS: list[Callable[[str, Program, list[Tensor]], None]] = []
+
+
+class Launcher:
+    """Launches a kernel: by Triton's own path first, then the binary that came of it.
+
+    Triton looks at every argument and every constant of a kernel at each launch, which takes longer
+    than many of the kernels do. Here all of them are known: but for pointers, which have to be
+    multiples of 16 bytes as they were when the binary was made.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.direct = True
+        self.binaries: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return the function that launches so many programs."""
+        return partial(self._launch, (*grid, 1, 1)[:3])
+
+    def _launch(self, grid: tuple[int, ...], *tensors: Tensor, **options: Any) -> None:
+        if not self.direct or any(tensor.data_ptr() % 16 for tensor in tensors):
+            self.kernel[grid](*tensors, **options)
+            return
+        key = (tensors[0].device, grid, *options.values())
+        binary = self.binaries.get(key)
+        if binary is None:
+            self.binaries[key] = self.kernel[grid](*tensors, **options)
+            return
+        constants = (options[name] for name in self.kernel.arg_names[len(tensors) :])
+        try:
+            binary[grid](*tensors, *constants)
+        except (AttributeError, TypeError):
+            # A Triton whose binaries are called in another way: nothing was launched.
+            self.direct = False
+            self.kernel[grid](*tensors, **options)
+
+
+def _launch_directly(module: ModuleType) -> None:
+    """Replace the kernels that `run` launches, but not the functions that they call."""
+    if toolchain() is None:
+        import triton
+
+        for name in module.run.__code__.co_names:
+            if isinstance(kernel := vars(module).get(name), triton.JITFunction):
+                setattr(module, name, Launcher(kernel))
 
 
 def launch(module: ModuleType, program: Program, tensors: list[Tensor]) -> None:

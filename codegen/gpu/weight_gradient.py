@@ -19,8 +19,7 @@ from codegen.gpu.products import Parts
 _MOST = 1 << 31
 # What a multiprocessor of an H200 does in a clock, to compare tiles with: products by bytes of a
 # value and bytes from memory, its share, as its data sheet has them; bytes from the L2 cache,
-# assumed. 8-bit values are turned around on their way to the tensor cores, which is taken to halve
-# their rate.
+# assumed. 8-bit values are turned around on their way to the tensor cores: half their rate.
 _PRODUCTS = {1: 2048, 2: 2048, 4: 1024}
 _CACHE_BYTES, _MEMORY_BYTES = 32, 2700
 # Clocks that a step takes at least, and beginning and ending a program.

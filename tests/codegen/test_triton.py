@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,48 @@ def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.Monke
     assert heard == [
         ("int8_round", [torch.float32, torch.float32, torch.int64, torch.uint8]),
     ]
+
+
+class _Kernel:
+    """Stands in for a jitted function: notes what is launched, and how."""
+
+    arg_names = ("x", "out", "WIDTH")
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.noted: list[tuple[Any, ...]] = []
+        self.call = call
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def compile_and_launch(*tensors: Tensor, **options: Any) -> Any:
+            self.noted.append(("compiled", grid, options))
+            return {grid: self.call or self.launch}
+
+        return compile_and_launch
+
+    def launch(self, *arguments: Any) -> None:
+        self.noted.append(("launched", arguments[2:]))
+
+
+def _launch_twice(kernel: _Kernel, x: Tensor) -> None:
+    launcher = gpu_build.Launcher(kernel)
+    for _ in range(2):
+        launcher[(4,)](x, x, num_warps=8, WIDTH=3)
+
+
+def test_a_kernel_is_launched_directly_once_it_is_compiled() -> None:
+    kernel = _Kernel()
+    _launch_twice(kernel, torch.zeros(64))
+    compiled = ("compiled", (4, 1, 1), {"num_warps": 8, "WIDTH": 3})
+    assert kernel.noted == [compiled, ("launched", (3,))]
+
+
+def test_other_pointers_than_it_was_compiled_for_are_left_to_triton() -> None:
+    kernel = _Kernel()
+    _launch_twice(kernel, torch.zeros(64)[1:])
+    assert [how for how, *_ in kernel.noted] == ["compiled"] * 2
+
+
+def test_binaries_that_are_called_in_another_way_are_left_to_triton() -> None:
+    kernel = _Kernel(call=lambda: None)
+    _launch_twice(kernel, torch.zeros(64))
+    assert [how for how, *_ in kernel.noted] == ["compiled"] * 2
