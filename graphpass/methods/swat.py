@@ -27,8 +27,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from cost_model import Cost, Dim, Shape, element_count, elementwise, gather, reduce
+from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.pairs import (
     ChannelPairs,
@@ -108,32 +109,36 @@ def reference(
     return _product(site, template, first, second * _mask(site, params, second))
 
 
-def cost(site: Site, params: Params) -> Cost:
-    """Return the cost of choosing, and of the product."""
-    exact, count = site.cost, element_count(_second(site))
+def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
+    """Return the kernels that choose, and the product."""
+    exact, count, size = site.cost, element_count(_second(site)), site.itemsize
     if params.structure != "channel":
         return (
             # A part of the values is read for the threshold, ...
-            reduce(_looked_at(count, params), 1, site.itemsize)
+            mover("reduce", reduce(_looked_at(count, params), 1, size), site.dtype),
             # ... all are compared with it and written, ...
-            + elementwise(count, 1, 1, site.itemsize)
+            mover("elementwise", elementwise(count, 1, 1, size), site.dtype),
             # ... and the product is the dense one.
-            + exact
+            product(site, vendor_kind(site), exact),
         )
     channels = _channels(site)
     share = sympy.sympify(_kept(channels, params)) / channels
-    total = (
-        # The operand is read for the norms of its channels, ...
-        reduce(count, channels, site.itemsize)
-        # ... those that are taken are copied, ...
-        + gather(channels * share, count / sympy.sympify(channels), site.itemsize)
-        # ... and multiplied; the whole result is written.
-        + Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written)
-    )
+    copied = gather(channels * share, count / sympy.sympify(channels), size)
     if site.gradient is Gradient.FORWARD:
         # Forward, the channels of the input are copied too.
-        total += gather(channels * share, element_count(_first(site)) / channels, site.itemsize)
-    return total
+        copied += gather(channels * share, element_count(_first(site)) / channels, size)
+    return (
+        # The operand is read for the norms of its channels, ...
+        mover("reduce", reduce(count, channels, size), site.dtype),
+        # ... those that are taken are copied, ...
+        mover("convert", copied, site.dtype),
+        # ... and multiplied; the whole result is written.
+        product(
+            site,
+            vendor_kind(site),
+            Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written),
+        ),
+    )
 
 
 def reject(site: Site, params: Params) -> Rejected | None:
