@@ -54,12 +54,12 @@ _MEASURED = "measured on AMD EPYC (family 26, model 2) x 2, 2 threads, torch 2.1
 _CPU = Hardware(
     "AVX-512 CPU",
     {
-        "float32": Figure(0.5e12, _MEASURED),
-        "bfloat16": Figure(0.95e12, _MEASURED),
-        "int8": Figure(1.8e12, _MEASURED),
+        "float32": Figure(506e9, _MEASURED),
+        "bfloat16": Figure(927e9, _MEASURED),
+        "int8": Figure(1725e9, _MEASURED),
     },
-    Figure(47e9, _MEASURED),
-    Figure(1e-6, _MEASURED),
+    Figure(76.3e9, _MEASURED),
+    Figure(4.1e-6, _MEASURED),
 )
 
 DATASHEETS: Mapping[str, Hardware] = MappingProxyType(
