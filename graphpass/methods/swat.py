@@ -290,7 +290,6 @@ def samples() -> tuple[Sample, ...]:
     half, filters = Params(0.5), Params(0.5, "filter")
     channel = Params(0.5, "channel")
     return (
-        Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), forward, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), input_, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), weight, channel),
         Sample((3, 8, 5, 6), lambda: nn.Conv2d(8, 6, 3, 2, groups=2), forward, channel),
@@ -298,7 +297,6 @@ def samples() -> tuple[Sample, ...]:
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, Params(0.8, threshold_from=100)),
         Sample((7, 12), lambda: nn.Linear(12, 5), forward, filters),
         Sample((7, 12), lambda: nn.Linear(12, 5), input_, channel),
-        Sample((7, 12), lambda: nn.Linear(12, 5), weight, half),
         Sample((2, 3, 9, 9), lambda: nn.ConvTranspose2d(3, 5, 3), forward, half, rejected=True),
     )
 
