@@ -121,7 +121,7 @@ def _problems(shape: tuple[int, int, int]) -> dict[str, tuple[Any, ...]]:
     return {
         "int8_dgrad": (grad, weight, scale, scale, *sizes, torch.bfloat16, True),
         "int8_wgrad": (grad, x, scale, scale, *sizes, True),
-        "sampled_wgrad": (gradient, image, index, ones, mean, sums, *axes, 1),
+        "sampled_wgrad": (gradient, image, index, ones, mean, sums, *axes, 1, True),
     }
 
 

@@ -94,7 +94,7 @@ def _rows() -> tuple[Any, ...]:
     index, weight = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
     sums = torch.empty(64, 3, 3)
     axes = ([3, 3], [1, 1], [1, 1], [1, 1])
-    return image, image, index, weight, torch.empty(64), sums, *axes, 1
+    return image, image, index, weight, torch.empty(64), sums, *axes, 1, True
 
 
 PRODUCTS = {

@@ -96,7 +96,7 @@ def test_convolutions_start_with_kaiming_variance() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("lenet", {}, "unknown model 'lenet': legal are alexnet, .*, vit, resnet<depth>"),
+        ("lenet", {}, "unknown model 'lenet': legal are alexnet, .*, vit-s, resnet<depth>"),
         ("resnet21", {}, "no ResNet has depth 21: legal are 6n \\+ 2"),
         ("resnet2", {}, "no ResNet has depth 2"),
         ("vgg19", {"image_size": 16}, "vgg19 cannot take images of 16 pixels .* multiples of 32"),
