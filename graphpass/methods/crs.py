@@ -54,9 +54,9 @@ def samples() -> tuple[Sample, ...]:
     nn = torch.nn
     weight, input_, forward = Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD
     return (
+        Sample((9, 48), lambda: nn.Linear(48, 6), forward, Params(sampling="uniform", keep=0.9)),
         Sample((70, 64), lambda: nn.Linear(64, 12), weight, Params(keep=0.75)),
         Sample((9, 48), lambda: nn.Linear(48, 64), input_, Params(replacement=True, keep=0.75)),
-        Sample((9, 48), lambda: nn.Linear(48, 6), forward, Params(sampling="uniform", keep=0.9)),
         Sample((3, 44, 5, 6), lambda: nn.Conv2d(44, 4, 3, 2, 1), forward, Params(keep=0.95)),
         Sample(
             (2, 4, 7, 6),

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
@@ -416,16 +416,25 @@ def test_draws_differ_from_step_to_step_and_nothing_else_does(case: Case) -> Non
         assert not torch.equal(draws[0], draws[1])
 
 
-def _bias(
-    method: Method, sample: Sample, site: Site, operands: dict[str, Tensor], exact: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return how far the mean over many draws is from `exact`, and its standard error."""
-    values = [_reference(method, sample, site, operands, _seed(0))]
+def _drawn(method: Method, sample: Sample, site: Site, operands: dict[str, Tensor]) -> list[Tensor]:
+    """Return results of many draws; one where nothing is drawn."""
     template = _template(site, torch.float64)
-    if method.draw(site, sample.params, template, _seed(0), salt_of(site)) is not None:
-        values += [
-            _reference(method, sample, site, operands, _seed(step)) for step in range(1, DRAWS)
-        ]
+    random = method.draw(site, sample.params, template, _seed(0), salt_of(site)) is not None
+    return [
+        _reference(method, sample, site, operands, _seed(step))
+        for step in range(DRAWS if random else 1)
+    ]
+
+
+@lru_cache(maxsize=1)
+def _drawn_of(case: Case) -> list[Tensor]:
+    """Return the draws of a case; its tests follow each other."""
+    seen = outcome(case)
+    return _drawn(get_method(case.method), case.sample, seen.site, seen.operands)
+
+
+def _bias(values: Sequence[Tensor], exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far the mean of draws is from `exact`, and its standard error."""
     # A wrong factor shows best along the exact product itself.
     direction = exact / exact.norm()
     exact = torch.cat([exact.flatten(), exact.norm()[None]])
@@ -437,11 +446,9 @@ def _bias(
     return (stacked.mean(0) - exact).abs(), error
 
 
-def _is_biased(
-    method: Method, sample: Sample, site: Site, operands: dict[str, Tensor], exact: Tensor
-) -> bool:
-    """Return whether the mean over many draws is off by more than chance and rounding allow."""
-    missed, error = _bias(method, sample, site, operands, exact)
+def _is_biased(values: Sequence[Tensor], site: Site, exact: Tensor) -> bool:
+    """Return whether the mean of draws is off by more than chance and rounding allow."""
+    missed, error = _bias(values, exact)
     rounding = _tolerance(exact, sum(map(math.prod, site.shapes)), torch.float64)
     # Draws are float32 numbers: an estimator made of them is unbiased to their resolution.
     rounding += float(exact.abs().max()) * torch.finfo(torch.float32).eps
@@ -453,7 +460,7 @@ def test_samples_are_exact_or_biased_as_declared(case: Case) -> None:
     method, seen, which = get_method(case.method), outcome(case), case.sample.gradient.value
     exact = _products(seen.layer, seen.x, seen.grad)[which] - seen.addend
     if not case.sample.exact:
-        biased = _is_biased(method, case.sample, seen.site, seen.operands, exact)
+        biased = _is_biased(_drawn_of(case), seen.site, exact)
         assert biased is not method.unbiased
         return
     absolute = _absolute_products(seen.layer, seen.x, seen.grad)[which]
@@ -476,12 +483,8 @@ def test_the_noise_formula_predicts_what_draws_show(case: Case) -> None:
     operands = [seen.operands[name].double() for name in names]
     assert method.noise is not None
     predicted = float(method.noise(seen.site, case.sample.params, *operands))
-    squared = [
-        float((_reference(method, case.sample, seen.site, seen.operands, _seed(i)) - exact)
-              .square().sum())
-        for i in range(DRAWS)
-    ]  # fmt: skip
-    measured = sum(squared) / DRAWS
+    squared = [float((value - exact).square().sum()) for value in _drawn_of(case)]
+    measured = sum(squared) / len(squared)
     assert measured / NOISE_FACTOR <= predicted <= measured * NOISE_FACTOR
 
 
@@ -513,7 +516,8 @@ def test_a_bias_is_noticed(scale: float, biased: bool) -> None:
     sample = get_method("zero").samples()[0]
     operands = {"left": left, "right": right}
     exact = left.double() @ right.double()
-    assert _is_biased(_sampled_rows(scale), sample, site, operands, exact) is biased
+    values = _drawn(_sampled_rows(scale), sample, site, operands)
+    assert _is_biased(values, site, exact) is biased
 
 
 @by_case
