@@ -28,8 +28,9 @@ from graphpass.session import Session
 from graphpass.site import Gradient
 from graphpass.variants import Variants
 
-# The first steps of a run are like none of the later ones.
-_FIRST_STEP = 10
+# The first steps of a run are like none of the later ones: of ResNet-20 on CIFAR-10, consecutive
+# gradients showed 2.0 times the noise of the batch at step 25, 1.3 at 215, and 1.05 at 515.
+_FIRST_STEP = 200
 # A plan that begins later is measured right before.
 _MEASURING_STEPS = 40
 # Of an exact step, what the candidates of one probe may take beside it; the rest is in others.

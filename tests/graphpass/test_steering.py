@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import graphpass
-from graphpass import ConfigError, controller, measuring, pricing
+from graphpass import ConfigError, controller, measuring, pricing, steering
 from graphpass.capture import Analysis
 from graphpass.pricing import Price
 from graphpass.site import Site
@@ -46,6 +46,7 @@ def cheap(analysis: Analysis, threads: int) -> Cheap:
 def _cheap_and_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pricing, "of", cheap)
     monkeypatch.setattr(controller, "_WINDOW", WINDOW)
+    monkeypatch.setattr(steering, "_FIRST_STEP", 10)
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
 
