@@ -69,11 +69,11 @@ def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[
     ]  # fmt: skip
     if given.lr is not None:
         arguments += ["--lr", str(given.lr)]
-    if kind in PLANS:
+    if PLANS.get(kind) is not None:
         layers = Case(given.model).layers()[1:]
         arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, PLANS[kind]))]
     else:
-        arguments += ["--backend", "inductor"]
+        arguments += ["--budget", "auto"] if kind in PLANS else ["--backend", "inductor"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", "examples.cifar10", *arguments, "--json", str(path)]

@@ -1,9 +1,10 @@
-"""Whole training steps under plans made by hand, against Inductor: the step table.
+"""Whole training steps against Inductor, under the planner's choice and plans made by hand.
 
     python -m benchmarks.plans
     python -m benchmarks.plans --models resnet20 --plans int8 --dtype bf16 --profile
 
-A plan names methods for all layers but the first; what a method refuses stays exact. `--profile`
+A plan by hand names methods for all layers but the first; what a method refuses stays exact. "auto"
+is the backend without any options, on the prices of `python -m graphpass calibrate`. `--profile`
 says where the time of a step goes, exact and planned, in the table and in the results.
 """
 
@@ -33,7 +34,9 @@ def _every(name: str, *gradients: str) -> Specs:
 
 
 BACKWARD = ("weight", "input")
-PLANS: dict[str, Specs] = {
+# None leaves the choice to the planner.
+PLANS: dict[str, Specs | None] = {
+    "auto": None,
     "bf16": _every("bf16", "forward", *BACKWARD),
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
@@ -92,8 +95,10 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows, "profiles_s": profiles}
 
 
-def options_of(case: Case, specs: Specs) -> dict[str, Any]:
-    """Return backend options that apply methods to every layer but the first."""
+def options_of(case: Case, specs: Specs | None) -> dict[str, Any]:
+    """Return backend options that apply methods to every layer but the first, or leave it to us."""
+    if specs is None:
+        return {"strict": True}
     layers = dict.fromkeys(case.layers()[1:], specs)
     return {"methods": layers, "strict": True}
 
