@@ -77,7 +77,6 @@ def samples() -> tuple[Sample, ...]:
             Params(axis="samples", sampling="uniform", replacement=True, keep=0.9),
         ),
         Sample((2, 44, 5, 5), lambda: nn.Conv2d(44, 4, 3), input_, Params(0.95, axis="channels")),
-        Sample((2, 44, 5, 5), lambda: nn.Conv2d(44, 4, 3), weight, Params(0.95, axis="channels")),
         Sample(
             (3, 44, 5),
             lambda: nn.ConvTranspose1d(44, 4, 3, 2, bias=False),

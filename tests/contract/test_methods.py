@@ -38,7 +38,7 @@ STEPS = 2
 # Roundings to the dtype of operands, of intermediate results and of the product itself.
 ROUNDINGS = 8
 # Draws over which a mean is taken; by chance, one mean in two million is 5 standard errors off.
-DRAWS = 256
+DRAWS = 400
 STANDARD_ERRORS = 5
 # How far a noise formula may be off.
 NOISE_FACTOR = 1.5
