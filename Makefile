@@ -6,8 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What `make demo` compares with exact training.
 DEMO_ARGS ?= --method zero --schedule ga-1 --channels-last
-# Tests run side by side: they compile more than they compute, and one often waits for a compiler.
-JOBS ?= 3
+# Tests run side by side: they compile more than they compute. A third worker made it slower.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
