@@ -12,8 +12,8 @@ from graphpass import prior
 from graphpass.capture import Analysis
 from graphpass.errors import Reason, Rejected
 from graphpass.method import Method, methods
-from graphpass.noise import NoiseTable
-from graphpass.parameters import key_of, text_of
+from graphpass.noise import NoiseTable, key_of
+from graphpass.parameters import text_of
 from graphpass.pricing import Price, Pricing
 from graphpass.propagation import Effect, Propagation
 from graphpass.site import Gradient, Site
@@ -149,7 +149,7 @@ def effect_of(
     site: Site, method: Method, params: Any, table: NoiseTable, propagation: Propagation
 ) -> Effect | None:
     """Return what a method adds to the gradient at a site; None where that is not known."""
-    local = table.entries.get(key_of(site, method, params))
+    local = table.entries.get(key_of(site.id, method.name, params))
     return None if local is None else propagation.effect(site, local)
 
 

@@ -1,18 +1,10 @@
-"""How a candidate, a method with its parameters at a site, is named."""
+"""How a candidate, a method with its parameters, is shown to a reader."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from graphpass.method import Method, methods
-from graphpass.noise import Key
-from graphpass.site import Site
-
-
-def key_of(site: Site, method: Method, params: Any) -> Key:
-    """Return the key of a candidate in a `NoiseTable`."""
-    return site.id, method.name, json.dumps(asdict(params), sort_keys=True)
 
 
 def text_of(method: Method, params: Any) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 from graphpass.capture import Analysis
 from graphpass.method import Method, Prior
-from graphpass.noise import Key, LocalNoise, NoiseTable
-from graphpass.parameters import key_of
+from graphpass.noise import Key, LocalNoise, NoiseTable, key_of
 from graphpass.site import Gradient, Site
 
 SOURCE = "prior"
@@ -40,7 +39,7 @@ def noise_table(
         for method, params in offered.get(site.id, ()):
             prior = None if method.prior is None else method.prior(site, params)
             if prior is not None:
-                entries[key_of(site, method, params)] = _local(site, prior)
+                entries[key_of(site.id, method.name, params)] = _local(site, prior)
     return NoiseTable(
         entries,
         variance=dict.fromkeys(weights, 1.0),

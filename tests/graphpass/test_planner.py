@@ -14,8 +14,7 @@ from graphpass.capture import Analysis
 from graphpass.curve import Curve
 from graphpass.errors import Reason
 from graphpass.method import methods
-from graphpass.noise import LocalNoise, NoiseTable
-from graphpass.parameters import key_of
+from graphpass.noise import LocalNoise, NoiseTable, key_of
 from graphpass.planner import make_plan
 from graphpass.site import Gradient
 from tests.graphpass.planning import Prices, chain, conv_layer
@@ -169,7 +168,7 @@ def test_biased_methods_need_to_be_admitted() -> None:
 def table(noise: float, **changes: Any) -> NoiseTable:
     """Return a measured table: the same noise for every candidate, V = 4 and S = 1 a layer."""
     entries = {
-        key_of(site, method, params): LocalNoise(noise, 0.0, 8.0)
+        key_of(site.id, method.name, params): LocalNoise(noise, 0.0, 8.0)
         for site in SMALL.sites
         for method, params in ladder(site)
     }
