@@ -88,8 +88,8 @@ def toolchain() -> Toolchain | str:
 
 def library_path(source: str, tools: Toolchain) -> Path:
     """Return where the library of a source is kept."""
-    digest = hashlib.sha256(f"{tools.identity}\n{torch.__version__}\n{source}".encode())
-    return cache_dir() / "kernels" / f"{digest.hexdigest()[:32]}.so"
+    digest = _digest(tools.identity, torch.__version__, source)
+    return cache_dir() / "kernels" / f"{digest}.so"
 
 
 def start(source: str) -> "Future[Launch]":
@@ -136,8 +136,8 @@ def _compile(source: str, path: Path, tools: Toolchain) -> None:
     text = path.with_suffix(".cpp")
     write_atomically(text, source)
     temporary = path.parent / f".{uuid.uuid4().hex}.so"
-    headers = _compiled_headers(path.parent, tools)
-    command = [tools.path, *tools.flags, *headers, str(text), "-o", str(temporary), *_libraries()]
+    shared = prepare(path.parent, tools)
+    command = [tools.path, *tools.flags, *shared, str(text), "-o", str(temporary)]
     try:
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
@@ -145,6 +145,15 @@ def _compile(source: str, path: Path, tools: Toolchain) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def prepare(folder: Path, tools: Toolchain) -> list[str]:
+    """Compile what all kernels share, once a folder, and return the arguments that use it."""
+    with _PREPARING:
+        return _compiled_headers(folder, tools) + _torch_library(folder, tools)
+
+
+_PREPARING = Lock()
 
 
 def _compiled_headers(folder: Path, tools: Toolchain) -> list[str]:
@@ -155,26 +164,43 @@ def _compiled_headers(folder: Path, tools: Toolchain) -> list[str]:
     """
     if "clang" in tools.identity:
         return []
-    with _HEADERS_LOCK:
-        digest = hashlib.sha256(f"{tools.identity}\n{HEADERS}".encode()).hexdigest()[:32]
-        header = folder / f"{digest}.h"
-        compiled = folder / f"{digest}.h.gch"
-        if not compiled.exists():
-            text = folder / f".{uuid.uuid4().hex}.h"
-            text.write_text(HEADERS)
-            command = [tools.path, *tools.flags, "-x", "c++-header", str(text)]
-            command += ["-o", f"{text}.gch"]
-            try:
-                write_atomically(header, "")
-                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                    Path(f"{text}.gch").replace(compiled)
-            finally:
-                text.unlink(missing_ok=True)
-                Path(f"{text}.gch").unlink(missing_ok=True)
+    header = folder / f"{_digest(tools.identity, HEADERS)}.h"
+    if not header.exists():
+        write_atomically(header, "")
+    compiled = _prepared(header.with_suffix(".h.gch"), HEADERS, "c++-header", tools)
     return ["-include", str(header)] if compiled.exists() else []
 
 
-_HEADERS_LOCK = Lock()
+def _torch_library(folder: Path, tools: Toolchain) -> list[str]:
+    """Return arguments that make a kernel's library load torch's, for its functions and threads.
+
+    The linker would look through all names of torch's library, which takes 0.2 s, half of what a
+    kernel takes. It needs to know none of them: it is given an empty library that is called the
+    same, and the loader finds torch's own in its place, as torch is there already.
+    """
+    torchs = Path(torch.__file__).parent / "lib"
+    empty = folder / f"empty-{_digest(tools.identity)}" / "libtorch_cpu.so"
+    _prepared(empty, "", "c++", tools)
+    found = empty.parent if empty.exists() else torchs
+    return [f"-L{found}", "-Wl,--no-as-needed", "-ltorch_cpu", f"-Wl,-rpath,{torchs}"]
+
+
+def _prepared(path: Path, text: str, language: str, tools: Toolchain) -> Path:
+    """Compile `text` where that was not done; where the compiler refuses, `path` is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = path.parent / f".{uuid.uuid4().hex}.h"
+        built = Path(f"{source}.built")
+        command = [tools.path, *tools.flags, f"-Wl,-soname,{path.name}", "-x", language]
+        command += [str(source), "-o", str(built)]
+        try:
+            source.write_text(text)
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                built.replace(path)
+        finally:
+            source.unlink(missing_ok=True)
+            built.unlink(missing_ok=True)
+    return path
 
 
 @cache
@@ -204,10 +230,8 @@ def _flags() -> tuple[str, ...]:
     )
 
 
-def _libraries() -> list[str]:
-    """Link torch's own libraries: its thread pool is the OpenMP runtime that it brought along."""
-    folder = Path(torch.__file__).parent / "lib"
-    return [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _cpu_features() -> frozenset[str]:

@@ -27,12 +27,11 @@ SOURCE = cpp.source({"COUNT": 5, "STEP": 0.5}, BODY)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Start with nothing built, in memory or on disk."""
-    monkeypatch.setenv("GRAPHPASS_CACHE_DIR", str(tmp_path))
+def folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Start with no kernel built, in memory or on disk."""
     monkeypatch.setattr(build, "_STARTED", {})
     build.toolchain.cache_clear()
-    yield tmp_path / "kernels"
+    yield fresh_cache / "kernels"
     build.toolchain.cache_clear()
 
 
@@ -50,8 +49,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def _suffixes(folder: Path) -> list[str]:
-    """Return what lies in a folder beside the compiled headers."""
-    return sorted(path.suffix for path in folder.iterdir() if path.suffix not in {".h", ".gch"})
+    """Return the files of a folder beside the compiled headers."""
+    files = (path.suffix for path in folder.iterdir() if path.is_file())
+    return sorted(suffix for suffix in files if suffix not in {".h", ".gch"})
 
 
 def _run(source: str) -> list[float]:

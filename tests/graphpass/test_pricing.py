@@ -29,13 +29,10 @@ from graphpass.capture import Analysis
 from graphpass.method import Method, get_method, methods
 from graphpass.site import Gradient, Site
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
 THREADS = 2
 ROWS, CHANNELS = 64, 32
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAPHPASS_CACHE_DIR", str(tmp_path))
 
 
 def _linear(gradient: Gradient, rows: Any = ROWS) -> Site:
