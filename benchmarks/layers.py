@@ -8,20 +8,22 @@ Both sides get the memory format in which the vendor's product is fastest, chann
 method's time is everything it adds to a step: selecting, quantising, pruning, and the product; the
 seconds of reading its operands once and doing its FLOPs at the machine's peak stand beside it. In a
 step both gradients of a layer share what is done to the output gradient, so methods that have both
-are measured on both at once too. "sampled" is the sampled product alone, of rows that are given.
+are measured on both at once too. Two products alone stand beside them: "sampled" of rows that are
+given, and "int8 product" of bytes that are given.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphpass
@@ -96,6 +98,8 @@ def measure(
         for keep in KEPT:
             name = f"sampled {keep:.0%}"
             runs[name], work[name] = _sampled(operands, keep), _sampled_work(sites[0], keep)
+    if "int8" in work and len(sites) == 1:
+        runs["int8 product"], work["int8 product"] = _of_bytes(sites[0], operands)
     for run in runs.values():
         run()
     seconds = interleave(runs, rounds, repeat=2)
@@ -224,6 +228,38 @@ def _sampled_work(site: Site, keep: float) -> tuple[int, int, int]:
     x, _, grad = (int(element_count(shape)) * site.itemsize for shape in site.shapes)
     flops, _, written = site.cost.evaluate()
     return int(keep * flops), x + int(keep * grad), written
+
+
+def _of_bytes(site: Site, operands: dict[str, Tensor]) -> tuple[Run, tuple[int, int, int]]:
+    """Return int8's product of operands that are rounded already, and its work."""
+    method = graphpass.methods()["int8"]
+    params = _parameters(method)
+    kernel = kernels()["int8_wgrad" if site.gradient is Gradient.WEIGHT else "int8_dgrad"]
+    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
+
+    def lowered(seed: Tensor, *given: Tensor) -> Tensor:
+        return method.lower(site, params, template, seed, salt_of(site), *given)
+
+    values = [torch.zeros((), dtype=torch.int64)]
+    values += [operands[name] for name in method.operands(site, params)]
+    recorder = _Recorder(make_fx(lowered)(*values), kernel.op)
+    recorder.run(*values)
+    terms = [term for term in method.cost(site, params) if term.kind == kernel.name]
+    return recorder.call, total(terms).evaluate()
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the one call of an operator, to repeat it."""
+
+    def __init__(self, graph: GraphModule, operator: Any) -> None:
+        super().__init__(graph)
+        self.operator = operator
+        self.call: Run
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is self.operator:
+            self.call = partial(target, *args, **kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -167,7 +167,7 @@ def _compiled_headers(folder: Path, tools: Toolchain) -> list[str]:
     header = folder / f"{_digest(tools.identity, HEADERS)}.h"
     if not header.exists():
         write_atomically(header, "")
-    compiled = _prepared(header.with_suffix(".h.gch"), HEADERS, "c++-header", tools)
+    compiled = _prepared(header.with_suffix(".h.gch"), HEADERS, tools, "-x", "c++-header")
     return ["-include", str(header)] if compiled.exists() else []
 
 
@@ -180,19 +180,18 @@ def _torch_library(folder: Path, tools: Toolchain) -> list[str]:
     """
     torchs = Path(torch.__file__).parent / "lib"
     empty = folder / f"empty-{_digest(tools.identity)}" / "libtorch_cpu.so"
-    _prepared(empty, "", "c++", tools)
+    _prepared(empty, "", tools, f"-Wl,-soname,{empty.name}", "-x", "c++")
     found = empty.parent if empty.exists() else torchs
     return [f"-L{found}", "-Wl,--no-as-needed", "-ltorch_cpu", f"-Wl,-rpath,{torchs}"]
 
 
-def _prepared(path: Path, text: str, language: str, tools: Toolchain) -> Path:
+def _prepared(path: Path, text: str, tools: Toolchain, *flags: str) -> Path:
     """Compile `text` where that was not done; where the compiler refuses, `path` is not there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         source = path.parent / f".{uuid.uuid4().hex}.h"
         built = Path(f"{source}.built")
-        command = [tools.path, *tools.flags, f"-Wl,-soname,{path.name}", "-x", language]
-        command += [str(source), "-o", str(built)]
+        command = [tools.path, *tools.flags, *flags, str(source), "-o", str(built)]
         try:
             source.write_text(text)
             if subprocess.run(command, capture_output=True, check=False).returncode == 0:

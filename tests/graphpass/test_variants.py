@@ -205,6 +205,7 @@ def drop_and_draw(backend: str, options: dict[str, Any] | None) -> tuple[list[Te
 
 
 @pytest.mark.parametrize("rule", [EVERY_OTHER, Schedule.after(2)], ids=["two", "late"])
+@pytest.mark.usefixtures("aten_only")
 def test_torchs_generator_is_left_alone(rule: Schedule) -> None:
     """Not even a variant that is compiled late draws from it: dropout masks stay the same."""
     wanted, wanted_state = drop_and_draw("inductor", None)
