@@ -69,11 +69,12 @@ def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[
     ]  # fmt: skip
     if given.lr is not None:
         arguments += ["--lr", str(given.lr)]
-    if PLANS.get(kind) is not None:
+    plan = PLANS.get(kind)
+    if isinstance(plan, list):
         layers = Case(given.model).layers()[1:]
-        arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, PLANS[kind]))]
+        arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, plan))]
     else:
-        arguments += ["--budget", "auto"] if kind in PLANS else ["--backend", "inductor"]
+        arguments += ["--backend", "inductor"] if plan is None else ["--budget", str(plan)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", "examples.cifar10", *arguments, "--json", str(path)]

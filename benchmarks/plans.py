@@ -4,8 +4,9 @@
     python -m benchmarks.plans --models resnet20 --plans int8 --dtype bf16 --profile
 
 A plan by hand names methods for all layers but the first; what a method refuses stays exact. "auto"
-is the backend without any options, on the prices of `python -m graphpass calibrate`. `--profile`
-says where the time of a step goes, exact and planned, in the table and in the results.
+is the backend without any options, and "tau 0.1" its choice for that budget, both on the prices of
+`python -m graphpass calibrate` and on priors of noise. `--profile` says where the time of a step
+goes, exact and planned, in the table and in the results.
 """
 
 import argparse
@@ -34,9 +35,12 @@ def _every(name: str, *gradients: str) -> Specs:
 
 
 BACKWARD = ("weight", "input")
-# None leaves the choice to the planner.
-PLANS: dict[str, Specs | None] = {
-    "auto": None,
+# A budget leaves the choice to the planner.
+PLANS: dict[str, Specs | float | str] = {
+    "auto": "auto",
+    "tau 0.02": 0.02,
+    "tau 0.1": 0.1,
+    "tau 0.3": 0.3,
     "bf16": _every("bf16", "forward", *BACKWARD),
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
@@ -95,12 +99,11 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows, "profiles_s": profiles}
 
 
-def options_of(case: Case, specs: Specs | None) -> dict[str, Any]:
-    """Return backend options that apply methods to every layer but the first, or leave it to us."""
-    if specs is None:
-        return {"strict": True}
-    layers = dict.fromkeys(case.layers()[1:], specs)
-    return {"methods": layers, "strict": True}
+def options_of(case: Case, plan: Specs | float | str) -> dict[str, Any]:
+    """Return backend options that apply methods to every layer but the first, or spend a budget."""
+    if isinstance(plan, list):
+        return {"methods": dict.fromkeys(case.layers()[1:], plan), "strict": True}
+    return {"budget": plan, "strict": True}
 
 
 def _profile(step: Step) -> dict[str, float]:
