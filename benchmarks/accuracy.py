@@ -8,7 +8,6 @@ Runs that the results file already holds, with the same settings, are kept.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import RESULTS, write_results
+from benchmarks.timing import earlier_runs, write_results
 from examples import cifar10
 
 METHODS = ("zero", "random", "topk")
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = _parse(argv)
     console = Console()
     settings = {"epochs": given.epochs, "model": given.model, "seed": given.seed}
-    runs = _earlier_runs(given.output, settings)
+    runs = earlier_runs(given.output, settings)
     for name in given.runs:
         arguments = _combinations()[name]
         torch._dynamo.reset()
@@ -44,15 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Written after every run: a long measurement that is cut off is not lost.
         console.print(f"written to {write_results(given.output, {**settings, 'runs': runs})}")
     console.print(_table(runs))
-
-
-def _earlier_runs(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
-    same = all(record.get(key) == value for key, value in settings.items())
-    return dict(record["runs"]) if same else {}
 
 
 def _combinations() -> dict[str, list[str]]:

@@ -19,13 +19,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from scipy.stats import t as student
 
 from benchmarks.plans import PLANS
-from benchmarks.timing import RESULTS, write_results
+from benchmarks.timing import earlier_runs, write_results
 from benchmarks.training_step import Case
 
 CONFIDENCE = 0.95
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, print the comparison, write the results."""
     given = _parse(argv)
     settings = {name: getattr(given, name) for name in ("model", "epochs", "threads", "lr")}
-    runs = _earlier_runs(given.output, settings)
+    runs = earlier_runs(given.output, settings)
     # Each with its epochs.
     kinds = {EXACT: given.epochs, **dict.fromkeys(given.plans, given.epochs)}
     if given.short is not None:
@@ -109,15 +108,6 @@ def compare(runs: dict[str, dict[str, float]], kind: str, seeds: Sequence[int]) 
             ratio = statistics.mean(exact[name] / other[name] for exact, other in pairs)
             text += f"; {ratio:.2f} times {what}"
     return text
-
-
-def _earlier_runs(name: str, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
-    same = all(record.get(key) == value for key, value in settings.items())
-    return dict(record["runs"]) if same else {}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -95,6 +95,16 @@ def gate() -> None:
         raise SystemExit("the contract tests fail: nothing is measured")
 
 
+def earlier_runs(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `runs` that a results file holds, if they were made with the same settings."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    same = all(record.get(key) == value for key, value in settings.items())
+    return dict(record["runs"]) if same else {}
+
+
 def write_results(name: str, record: Mapping[str, Any]) -> Path:
     """Write measurements with machine, versions, commit and date to `results/<name>.json`."""
     RESULTS.mkdir(exist_ok=True)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import graphpass
 from examples import checkpoint
 from examples.settings import BACKENDS, DTYPES, LR_DECAYS, OPTIMIZERS, Settings
 from graphpass.errors import ConfigError
 
-_APPROX_ONLY = ("method", "methods_json", "schedule", "budget", "report")
+_APPROX_ONLY = ("method", "methods_json", "recipe", "schedule", "budget", "report")
+# What says which products are approximated, and how.
+_CHOICES = ("method", "methods_json", "recipe")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,8 +33,9 @@ def check(arguments: Namespace) -> None:
     Raises:
         ConfigError: If arguments contradict each other, or an output cannot be written.
     """
-    if arguments.method is not None and arguments.methods_json is not None:
-        raise ConfigError("--method and --methods-json were both given: give one of them")
+    given = [f"--{name.replace('_', '-')}" for name in _CHOICES if getattr(arguments, name)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} were both given: give one of them")
     for name in _APPROX_ONLY if arguments.backend != "approx" else ():
         if getattr(arguments, name):
             raise ConfigError(
@@ -80,6 +84,9 @@ def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> 
         options["methods"] = methods_for(model, arguments.method)
     if arguments.methods_json is not None:
         options["methods"] = _parsed_methods(arguments.methods_json)
+    if arguments.recipe is not None:
+        name, *values = arguments.recipe
+        options |= graphpass.recipe(name, model, **dict(map(_parsed_value, values)))
     if arguments.schedule is not None:
         options |= {"schedule": arguments.schedule, "total_steps": total_steps}
     if arguments.budget is not None:
@@ -88,12 +95,15 @@ def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> 
 
 
 def methods_for(model: nn.Module, method: str) -> dict[str, str]:
-    """Map the path of every convolution but the first to `method`.
+    """Map the path of every convolution but the first to `method`; linear layers if there is none.
 
     The published experiments leave the first one exact: it tolerates approximation worst.
     """
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return dict.fromkeys(paths[1:], method)
+    for kind in (nn.Conv2d, nn.Linear):
+        paths = [path for path, module in model.named_modules() if isinstance(module, kind)]
+        if paths:
+            return dict.fromkeys(paths[1:], method)
+    return {}
 
 
 @contextlib.contextmanager
@@ -118,7 +128,7 @@ def _add_training(parser: ArgumentParser) -> None:
     group.add_argument("--epochs", type=int, default=default.epochs)
     group.add_argument("--batch-size", type=int, default=default.batch_size)
     group.add_argument("--optimizer", choices=OPTIMIZERS, default=default.optimizer)
-    group.add_argument("--lr", type=float, help="highest learning rate (sgd: 0.1, adam: 0.001)")
+    group.add_argument("--lr", type=float, help="highest (sgd: 0.1, sgd-plain: 1, adam: 0.001)")
     group.add_argument("--lr-schedule", choices=LR_DECAYS, default=default.lr_schedule)
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="bf16: autocast")
@@ -137,6 +147,12 @@ def _add_approximation(parser: ArgumentParser) -> None:
     group.add_argument("--backend", choices=BACKENDS, default=Settings().backend)
     group.add_argument("--method", metavar="NAME", help="for every convolution but the first")
     group.add_argument("--methods-json", metavar="JSON", help="module patterns to methods")
+    group.add_argument(
+        "--recipe",
+        nargs="+",
+        metavar=("NAME", "PARAMETER=VALUE"),
+        help="a paper's: crs-topk, agp, swat-u, ...",
+    )
     group.add_argument("--schedule", metavar="NAME", help="always, ga-1, ga-2, ga-3, ga-cnn2, ...")
     group.add_argument("--budget", metavar="TAU", help="auto, or the noise that may be added")
     group.add_argument("--report", action="store_true", help="print what was approximated, and why")
@@ -162,6 +178,17 @@ def _parsed_methods(text: str) -> Any:
         raise ConfigError(
             f"--methods-json {text!r} is not JSON ({error}): give a mapping such as '{example}'"
         ) from error
+
+
+def _parsed_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--recipe: {text!r} sets nothing: give a parameter as keep=0.5")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        # A word, such as the name of a method.
+        return name, value
 
 
 def _parsed_budget(text: str) -> float | str:

@@ -12,14 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
-
-from examples import arguments, data, models, program
+from examples import arguments, data, images, program
 from examples.settings import Settings
-from examples.training import Batch, Forward, Task
+from examples.training import Task
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,39 +57,7 @@ def prepare(given: Namespace) -> Callable[[Settings], Task]:
     Raises:
         ConfigError: If there are no images, or the model does not exist or cannot take them.
     """
-    images = data.load(given.data, given.limit_train)
-
-    def fresh_task(settings: Settings) -> Task:
-        _, channels, size, _ = images.train.images.shape
-        model = models.build(given.model, in_channels=channels, image_size=size)
-        if settings.channels_last:
-            convert_conv2d_weight_memory_format(model, torch.channels_last)
-        return Task(
-            name=f"{given.model} on {len(images.train)} images of {images.name}",
-            model=model,
-            batches=data.Batches(
-                images, settings.batch_size, settings.seed, settings.channels_last
-            ),
-            loss=cross_entropy,
-            score=lambda module: accuracy_percent(module, images, settings.channels_last),
-            score_name="test_accuracy_percent",
-        )
-
-    return fresh_task
-
-
-def cross_entropy(forward: Forward, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of a batch: images `[B, C, H, W]` and labels `[B]`."""
-    images, labels = batch
-    return F.cross_entropy(forward(images), labels)
-
-
-def accuracy_percent(model: nn.Module, images: data.ImageData, channels_last: bool) -> float:
-    """Return how many of a hundred test images `model` classifies correctly."""
-    correct = 0
-    for batch, labels in data.evaluation_batches(images, channels_last=channels_last):
-        correct += int((model(batch).argmax(dim=1) == labels).sum())
-    return 100 * correct / len(images.test)
+    return images.tasks(data.load(given.data, given.limit_train), given.model)
 
 
 if __name__ == "__main__":

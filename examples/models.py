@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from examples.dense_models import alexnet, densenet121
 from examples.large_models import DEPTHS, deep_resnet, mlp, vit, vit_s, wide_resnet
+from examples.mnist_models import MnistCnn, MnistMlp
 from graphpass.errors import ConfigError
 
 
@@ -22,8 +23,8 @@ def build(name: str, **sizes: int) -> nn.Module:
 
     Args:
         name: `cnn2`, `vgg16`, `vgg19`, `alexnet`, `densenet121`, `vit`, `vit-s`, `mlp`,
-            `wrn-<depth>-<widening>` or `resnet<depth>`: depths 18, 34, 50, 101 and 152 are the
-            ImageNet family, others that of CIFAR (`resnet20`).
+            `mnist-mlp`, `mnist-cnn`, `wrn-<depth>-<widening>` or `resnet<depth>`: depths 18, 34,
+            50, 101 and 152 are the ImageNet family, others that of CIFAR (`resnet20`).
         **sizes: Keyword arguments of the model: `in_channels`, `image_size`, `num_classes`, and for
             CIFAR ResNets `width`.
 
@@ -233,6 +234,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "cnn2": cnn2,
     "densenet121": densenet121,
     "mlp": mlp,
+    "mnist-cnn": MnistCnn,
+    "mnist-mlp": MnistMlp,
     "vgg16": vgg16,
     "vgg19": vgg19,
     "vit": vit,

@@ -22,11 +22,17 @@ LR_DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda fraction: (1 + math.cos(math.pi * fraction)) / 2,
     "exponential": lambda fraction: 0.01**fraction,
     "constant": lambda fraction: 1.0,
+    # Zaremba et al. 2014, medium LSTM: constant for 6 of 39 epochs, then 0.8 an epoch.
+    "late": lambda fraction: min(1.0, 0.8 ** (39 * fraction - 6)),
 }
 
 
 def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+
+
+def _plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0, fused=True)
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -37,6 +43,7 @@ def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 # the update would otherwise be a visible part of the step in deep, narrow networks.
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": _sgd,
+    "sgd-plain": _plain_sgd,
     "adam": _adam,
 }
 

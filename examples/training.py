@@ -55,6 +55,7 @@ class Task:
         loss: Scalar loss of a batch, given the compiled model.
         score: Figure of merit on the test split, given the module in eval mode.
         score_name: What the results call that figure, with its unit.
+        max_gradient_norm: Norm at which the gradient of all parameters is clipped; None for none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     loss: Callable[[Forward, Batch], Tensor]
     score: Callable[[nn.Module], float]
     score_name: str
+    max_gradient_norm: float | None = None
 
 
 class Trainer:
@@ -114,6 +116,9 @@ class Trainer:
                 loss = self.task.loss(self.compiled, batch)
             self.optimizer.zero_grad()
             loss.backward()
+        if self.task.max_gradient_norm is not None:
+            parameters = self.task.model.parameters()
+            nn.utils.clip_grad_norm_(parameters, self.task.max_gradient_norm)
         self.optimizer.step()
         self._epoch_loss += loss.detach()
         self.step += 1

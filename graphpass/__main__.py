@@ -1,4 +1,8 @@
-"""The command line: `python -m graphpass calibrate` measures this machine for the cost model."""
+"""The command line of the package.
+
+`python -m graphpass calibrate` measures this machine for the cost model; `python -m graphpass
+methods` lists the methods there are.
+"""
 
 import argparse
 import sys
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from graphpass import calibration
+from graphpass import calibration, listing
 from graphpass.calibrate import calibrate
 from graphpass.render import hardware_table
 
@@ -16,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     given = _parse(argv)
     console = Console()
+    if given.command == "methods":
+        console.print(listing.table())
+        return 0
     path = calibrate(given.threads, given.seconds, given.again, console)
     hardware = calibration.load(given.threads)
     if isinstance(hardware, str):
@@ -36,6 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--again", action="store_true",
         help="on a busy machine: keep the faster figures of an earlier run",
     )  # fmt: skip
+    commands.add_parser("methods", help="list the methods there are")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,81 @@
+"""The methods there are: what `python -m graphpass methods` and the README show of the registry."""
+
+from rich.table import Table
+
+from codegen.kernel import kernels
+from graphpass.method import Method, methods
+from graphpass.site import ConvGeometry, Gradient, Site
+
+COLUMNS = ("method", "what it computes", "gradients", "unbiased", "adds on ResNet-20", "by", "from")
+_PLAIN = "torch, vendor's library"
+# Of ResNet-20, a middle layer at batch 128: channels and output pixels.
+_X, _WEIGHT = (128, 32, 16, 16), (32, 32, 3, 3)
+
+
+def rows() -> list[tuple[str, ...]]:
+    """Return one row a method, in the order of `COLUMNS`.
+
+    What a method adds is its prior: noise over the batch's own (tau) and squared bias over the
+    squared gradient, with its default parameters in every layer but the first.
+    """
+    return [
+        (
+            f"`{name}`",
+            method.summary,
+            ", ".join(method.gradients),
+            "yes" if method.unbiased else "no",
+            _added(method),
+            _computed_by(method),
+            method.source,
+        )
+        for name, method in methods().items()
+    ]
+
+
+def markdown() -> str:
+    """Return the table as it stands in the README."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table() -> Table:
+    """Return the table for a terminal."""
+    shown = Table(title="methods", show_lines=True)
+    for column in COLUMNS:
+        shown.add_column(column, no_wrap=column == "method")
+    for row in rows():
+        shown.add_row(*row)
+    return shown
+
+
+def _added(method: Method) -> str:
+    cells = []
+    for gradient in method.gradients:
+        prior = None if method.prior is None else method.prior(_site(gradient), method.params())
+        if prior is not None:
+            figures = [f"tau {prior.tau:.2g}"] if prior.tau or not prior.bias else []
+            figures += [f"bias {prior.bias:.2g}"] if prior.bias else []
+            cells.append(f"{gradient}: {', '.join(figures)}")
+    return "; ".join(cells) or "not measured"
+
+
+def _computed_by(method: Method) -> str:
+    """Return in which languages there are kernels of ours for it."""
+    kinds = {
+        term.kind
+        for gradient in method.gradients
+        for term in method.cost(_site(gradient), method.params())
+    }
+    ours = [kernel for name, kernel in kernels().items() if name in kinds]
+    if not ours:
+        return _PLAIN
+    return "C++" if any(kernel.emit_triton is None for kernel in ours) else "C++, Triton"
+
+
+def _site(gradient: Gradient) -> Site:
+    shapes = (_X, _WEIGHT, _X)
+    return Site(
+        "layer", "layer", gradient, "convolution", "node", None, 1, shapes,
+        _WEIGHT if gradient is Gradient.WEIGHT else _X, "float32", 4,
+        ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1),
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""The table of methods says what the registry says, in the terminal and in the README."""
+
+from pathlib import Path
+
+import pytest
+
+from graphpass import __main__, listing, methods
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readme_has_the_table_of_the_registry() -> None:
+    """After a change of a method, put the output of `listing.markdown()` there."""
+    assert listing.markdown() in README.read_text(encoding="utf-8")
+
+
+def test_every_method_has_a_row() -> None:
+    names = [row[0].strip("`") for row in listing.rows()]
+    assert names == list(methods())
+    assert all(len(row) == len(listing.COLUMNS) and all(row) for row in listing.rows())
+
+
+def test_priors_and_kernels_are_those_of_the_methods() -> None:
+    rows = {row[0]: dict(zip(listing.COLUMNS, row, strict=True)) for row in listing.rows()}
+    assert rows["`int8`"]["by"] == "C++, Triton"
+    assert "weight: tau 0.002" in rows["`int8`"]["adds on ResNet-20"]
+    assert "forward: tau 0.015, bias 0.0056" in rows["`int8`"]["adds on ResNet-20"]
+    assert rows["`meprop`"]["adds on ResNet-20"] == "not measured"
+    assert rows["`crs`"]["unbiased"] == "yes"
+
+
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in methods())
