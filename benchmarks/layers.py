@@ -204,11 +204,9 @@ def _lowered(
             results.append(method.lower(site, params, template, seed, salt_of(site), *given))
         return results
 
-    # Every shape compiles the same function: Dynamo would give up after a few of them.
-    torch._dynamo.reset()
-    # Traced as it is in a training step: Dynamo would break it into many small graphs.
-    traced = make_fx(lowered)(seed, *values)
-    compiled = torch.compile(traced, dynamic=False)
+    # As in a training step: traced, or Dynamo would break it into many small graphs; and called
+    # without Dynamo's guards, which a step passes once and not for every layer.
+    compiled = torch._inductor.compile(make_fx(lowered)(seed, *values), [seed, *values])
     return lambda: compiled(seed, *values)
 
 
