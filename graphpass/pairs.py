@@ -320,6 +320,16 @@ def scattered(template: Tensor, axis: int, index: Tensor, part: Tensor) -> Tenso
     return zeros.index_add(axis, index, part)
 
 
+def exact(site: Site, template: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return the exact product of two operands, of a linear layer or a convolution."""
+    if site.conv is None:
+        return torch.mm(first, second)
+    if site.gradient is Gradient.FORWARD:
+        return convolve(site, first, second)
+    gradient = input_grad if site.gradient is Gradient.INPUT else weight_grad
+    return gradient(site, first, second, list(template.shape))
+
+
 def convolve(site: Site, x: Tensor, weight: Tensor) -> Tensor:
     """Return the forward product, whatever the number of channels."""
     conv = geometry_of(site)

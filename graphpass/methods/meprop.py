@@ -27,7 +27,7 @@ from cost_model import Cost, KernelCost, Shape, element_count, elementwise, gath
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
-from graphpass.pairs import input_grad, laid_out, scattered, weight_grad, wide
+from graphpass.pairs import exact, laid_out, scattered, wide
 from graphpass.site import Gradient, Site
 
 
@@ -72,17 +72,17 @@ def reference(
     del draws
     axis = _channel_axis(site)
     if not params.unified:
-        return _product(site, grad * _largest_of_examples(site, params, grad), other, template)
+        return exact(site, template, grad * _largest_of_examples(site, params, grad), other)
     shape = [1] * grad.dim()
     shape[axis] = grad.shape[axis]
     mask = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
     mask = mask.index_fill(axis, _channels(site, params, grad), 1.0)
-    return _product(site, grad * mask, other, template)
+    return exact(site, template, grad * mask, other)
 
 
 def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the kernels that choose, and the product."""
-    exact, size, count = site.cost, site.itemsize, element_count(_grad_shape(site))
+    whole, size, count = site.cost, site.itemsize, element_count(_grad_shape(site))
     if not params.unified:
         return (
             # The values of every example are read for its threshold, ...
@@ -90,7 +90,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
             # ... all are compared with it and written, ...
             mover("elementwise", elementwise(count, 1, 1, size), site.dtype),
             # ... and the product is the dense one.
-            product(site, vendor_kind(site), exact),
+            product(site, vendor_kind(site), whole),
         )
     channels = _grad_shape(site)[_channel_axis(site)]
     share = sympy.sympify(_kept(channels, params)) / channels
@@ -107,7 +107,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
         product(
             site,
             vendor_kind(site),
-            Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written),
+            Cost(whole.flops * share, whole.bytes_read * share, whole.bytes_written),
         ),
     )
 
@@ -155,18 +155,11 @@ def lower(
         smaller = template[: index.shape[0]]
         if site.conv is not None:
             part = laid_out(part, grad)
-        return scattered(template, 0, index, _product(site, part, other, smaller))
+        return scattered(template, 0, index, exact(site, smaller, part, other))
     filters = other.index_select(0, index)
     if site.conv is not None:
         part, filters = laid_out(part, grad), laid_out(filters, other)
-    return _product(site, part, filters, template)
-
-
-def _product(site: Site, grad: Tensor, other: Tensor, template: Tensor) -> Tensor:
-    if site.conv is None:
-        return torch.mm(grad, other)
-    gradient = input_grad if site.gradient is Gradient.INPUT else weight_grad
-    return gradient(site, grad, other, list(template.shape))
+    return exact(site, template, part, filters)
 
 
 def _channels(site: Site, params: Params, grad: Tensor) -> Tensor:

@@ -35,10 +35,8 @@ from graphpass.pairs import (
     ChannelPairs,
     MatrixPairs,
     OuterChannels,
-    convolve,
-    input_grad,
+    exact,
     scattered,
-    weight_grad,
     wide,
 )
 from graphpass.site import Gradient, Site
@@ -104,14 +102,14 @@ def reference(
         groups = mask.shape[0]
         if groups > 1:
             shape[0] = groups
-            return _product(site, template, first, _by_group(second, mask.view(shape)))
-        return _product(site, template, first, second * mask.view(shape))
-    return _product(site, template, first, second * _mask(site, params, second))
+            return exact(site, template, first, _by_group(second, mask.view(shape)))
+        return exact(site, template, first, second * mask.view(shape))
+    return exact(site, template, first, second * _mask(site, params, second))
 
 
 def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
     """Return the kernels that choose, and the product."""
-    exact, count, size = site.cost, element_count(_second(site)), site.itemsize
+    whole, count, size = site.cost, element_count(_second(site)), site.itemsize
     if params.structure != "channel":
         return (
             # A part of the values is read for the threshold, ...
@@ -119,7 +117,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
             # ... all are compared with it and written, ...
             mover("elementwise", elementwise(count, 1, 1, size), site.dtype),
             # ... and the product is the dense one.
-            product(site, vendor_kind(site), exact),
+            product(site, vendor_kind(site), whole),
         )
     channels = _channels(site)
     share = sympy.sympify(_kept(channels, params)) / channels
@@ -136,7 +134,7 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
         product(
             site,
             vendor_kind(site),
-            Cost(exact.flops * share, exact.bytes_read * share, exact.bytes_written),
+            Cost(whole.flops * share, whole.bytes_read * share, whole.bytes_written),
         ),
     )
 
@@ -183,7 +181,7 @@ def lower(
     """Return the product: a smaller one of the channels that are kept, or a masked one."""
     del seed, salt
     if params.structure != "channel":
-        return _product(site, template, first, second * _mask(site, params, second))
+        return exact(site, template, first, second * _mask(site, params, second))
     norms, _ = _channel_norms(site, second)
     index = norms.topk(_kept(norms.shape[1], params), dim=1).indices.sort(1).values
     if site.gradient is Gradient.FORWARD:
@@ -193,15 +191,6 @@ def lower(
         part = torch.mm(first, second.index_select(1, index[0]))
         return scattered(template, 1, index[0], part)
     return OuterChannels(site, template, (first, second, second)).sampled(index, None, False)
-
-
-def _product(site: Site, template: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    if site.conv is None:
-        return torch.mm(first, second)
-    if site.gradient is Gradient.FORWARD:
-        return convolve(site, first, second)
-    gradient = input_grad if site.gradient is Gradient.INPUT else weight_grad
-    return gradient(site, first, second, list(template.shape))
 
 
 def _mask(site: Site, params: Params, value: Tensor) -> Tensor:
