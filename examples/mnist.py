@@ -1,7 +1,7 @@
 """Train a classifier of handwritten digits on MNIST, exactly or approximately.
 
-    python -m examples.mnist --data DIR --compare --recipe crs-backward keep=0.4 backward=0.05
-    python -m examples.mnist --data DIR --model mnist-cnn --recipe crs-backward
+    python -m examples.mnist --data DIR --compare --recipe int8
+    python -m examples.mnist --data DIR --model mnist-cnn --recipe crs-topk keep=0.4
 
 Run it from the root of the repository. Networks, batch and optimizer are those of Adelman,
 Silberstein 2018 (arXiv:1805.08079); their learning rate is constant, `--lr-schedule constant`.

@@ -79,7 +79,7 @@ RECIPES = MappingProxyType(
             ),
             Recipe(
                 "crs-topk",
-                f"{_CRS}, sections 3 and 4: sampled forward, the same channels backward",
+                f"{_CRS}, sections 3 and 4: sampled forward, the same channels of convolutions backward",
                 (
                     *_products("crs_unscaled", "forward", keep="$keep"),
                     *_products("crs_unscaled", "input", "weight", keep="$keep", axis="channels"),
