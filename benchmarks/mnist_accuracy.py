@@ -9,7 +9,8 @@ paper's; it reports the test accuracy of the epoch that was best on a validation
 test accuracy after the last epoch. FLOPs are those of convolutions and matrix products, as the
 report counts them. The paper's backward products take the pairs that the forward product took; of
 linear layers these are not reused yet, so gradients are not those of the sampled product, and the
-perceptron unlearns what it had learned. Runs that the results file already holds, with the same settings, are kept.
+perceptron unlearns what it had learned. Runs that the results file already holds, with the same
+settings, are kept.
 """
 
 import argparse

@@ -79,7 +79,7 @@ RECIPES = MappingProxyType(
             ),
             Recipe(
                 "crs-topk",
-                f"{_CRS}, sections 3 and 4: sampled forward, the same channels of convolutions backward",
+                f"{_CRS}, sections 3 and 4: sampled forward; convolutions backward as well",
                 (
                     *_products("crs_unscaled", "forward", keep="$keep"),
                     *_products("crs_unscaled", "input", "weight", keep="$keep", axis="channels"),
