@@ -145,7 +145,11 @@ def _add_training(parser: ArgumentParser) -> None:
 def _add_approximation(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("approximation")
     group.add_argument("--backend", choices=BACKENDS, default=Settings().backend)
-    group.add_argument("--method", metavar="NAME", help="for every convolution but the first")
+    group.add_argument(
+        "--method",
+        metavar="NAME",
+        help="for every convolution (or else linear layer) but the first",
+    )
     group.add_argument("--methods-json", metavar="JSON", help="module patterns to methods")
     group.add_argument(
         "--recipe",
