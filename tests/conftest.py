@@ -1,6 +1,7 @@
 """Settings shared by all tests: seeds, threads, caches, compiler state, uninitialised memory."""
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from codegen import build
 from codegen.cache import cache_dir
-from tests.compiling import aten_only
+from tests.compiling import aten_only, interpreted
 
 # Sums come out in the same order on every machine, and tests that run side by side on the cores
 # do not wait for each other's threads.
@@ -45,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     # Dynamo would collect garbage after every graph.
     os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
+    # Threads that wait would keep the other worker's core busy.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    # Inductor would compile a file for each set of vector instructions, to see whether it can.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     if hasattr(config, "workerinput"):
         # A worker of pytest-xdist inherits the environment, and so shares the caches.
         return
@@ -57,10 +62,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage rarely: compiling makes so many objects that it took an eighth of the time.
+    """Leave out what takes time in every compilation and is no part of its result.
 
-    What is alive now stays, and is looked at no more.
+    Garbage is collected rarely, as compiling makes so many objects that it took an eighth of the
+    time; what is alive now stays, and is looked at no more. And Dynamo times its guards with cold
+    caches, which it empties for that.
     """
+    if "torch._dynamo.guards" in sys.modules:
+        sys.modules["torch._dynamo.guards"].profile_guard_manager = lambda *_: 0.0
     gc.collect()
     gc.freeze()
     gc.set_threshold(1_000_000, 10, 10)
@@ -98,6 +107,9 @@ def _reset_dynamo() -> None:
     # Importing Dynamo takes two seconds, and before that there is nothing to reset.
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+    # Or asking for the last report makes those of all tests before.
+    if "graphpass.report" in sys.modules:
+        sys.modules["graphpass.report"]._GRAPHS.clear()
 
 
 @pytest.fixture
@@ -117,6 +129,24 @@ def _aten_only() -> Iterator[None]:
     """Compile without C++: see `tests.compiling`."""
     with aten_only():
         yield
+
+
+@pytest.fixture(name="interpreted")
+def _interpreted() -> Iterator[None]:
+    """Run graphs as they are: see `tests.compiling`."""
+    with interpreted():
+        yield
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Return a list that fills with what graphpass logs."""
+    said: list[str] = []
+    handler, log = logging.Handler(), logging.getLogger("graphpass")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    yield said
+    log.removeHandler(handler)
 
 
 @pytest.fixture

@@ -201,8 +201,8 @@ def samples() -> tuple[Sample, ...]:
     weight, input_ = Gradient.WEIGHT, Gradient.INPUT
     half, examples = Params(0.5), Params(0.3, unified=False)
     return (
-        Sample((3, 5, 8, 7), lambda: nn.Conv2d(5, 6, 3, 2, 1), weight, half),
-        Sample((3, 5, 8, 7), lambda: nn.Conv2d(5, 6, 3, padding=1), input_, half),
+        Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, padding=1), weight, half),
+        Sample((3, 5, 8, 7), lambda: nn.Conv2d(5, 6, 3, 2, 1), input_, half),
         Sample((7, 12), lambda: nn.Linear(12, 10), weight, examples),
         Sample((7, 12), lambda: nn.Linear(12, 10), input_, half),
         Sample((3, 5, 8, 7), lambda: nn.Conv2d(5, 6, 3), input_, examples),

@@ -101,7 +101,7 @@ def samples() -> tuple[Sample, ...]:
     """Return convolutions and linear layers of several kinds."""
     nn = torch.nn
     return (
-        Sample((5, 3, 9, 9), lambda: nn.Conv2d(3, 4, 3), Gradient.WEIGHT, Params()),
+        Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, padding=1), Gradient.WEIGHT, Params()),
         Sample((3, 4, 6, 5, 4), lambda: nn.Conv3d(4, 4, 2), Gradient.WEIGHT, Params(std=0.5)),
         Sample((2, 3, 11), lambda: nn.ConvTranspose1d(3, 5, 4, 2), Gradient.WEIGHT, Params()),
         Sample((7, 10), lambda: nn.Linear(10, 6), Gradient.WEIGHT, Params()),

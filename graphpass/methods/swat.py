@@ -279,7 +279,7 @@ def samples() -> tuple[Sample, ...]:
     half, filters = Params(0.5), Params(0.5, "filter")
     channel = Params(0.5, "channel")
     return (
-        Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), input_, channel),
+        Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, padding=1), input_, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), weight, channel),
         Sample((3, 8, 5, 6), lambda: nn.Conv2d(8, 6, 3, 2, groups=2), forward, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3, groups=2), forward, filters),

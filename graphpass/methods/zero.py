@@ -62,10 +62,10 @@ def samples() -> tuple[Sample, ...]:
     """Return convolutions and linear layers of several kinds."""
     nn = torch.nn
     return (
-        Sample((5, 3, 9, 9), lambda: nn.Conv2d(3, 4, 3, bias=False), Gradient.WEIGHT, Params()),
+        Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, padding=1), Gradient.WEIGHT, Params()),
         Sample((2, 4, 8, 7), lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2), Gradient.INPUT, Params()),
         Sample((2, 3, 11), lambda: nn.ConvTranspose1d(3, 5, 4, 2), Gradient.WEIGHT, Params()),
-        Sample((7, 10), lambda: nn.Linear(10, 6), Gradient.WEIGHT, Params()),
+        Sample((7, 10), lambda: nn.Linear(10, 6, bias=False), Gradient.WEIGHT, Params()),
         Sample((7, 10), lambda: nn.Linear(10, 6), Gradient.INPUT, Params()),
     )
 

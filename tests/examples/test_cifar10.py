@@ -248,7 +248,7 @@ def test_unknown_methods_are_refused_in_one_line() -> None:
     assert len(str(refusal.value).splitlines()) == 1
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_approximate_run_reports_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     result = cifar10.main([*ZERO, "--report"])
     [run], [report] = result["runs"], result["reports"]
@@ -261,7 +261,7 @@ def test_approximate_run_reports_what_it_did(capsys: pytest.CaptureFixture[str])
     assert run["compile_s"] > run["train_s"]
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_approximate_run_resumes_exactly(tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     expected = cifar10.main([*ZERO, "--checkpoint", str(whole)])
@@ -272,7 +272,7 @@ def test_approximate_run_resumes_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
     result = cifar10.main([*ZERO, "--compare", "--json", str(path)])

@@ -89,7 +89,7 @@ def test_networks_map_digits_to_logits(name: str) -> None:
         models.build("mnist-cnn", in_channels=1, image_size=30)
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_training_by_a_recipe(tmp_path: Path) -> None:
     write_all(tmp_path)
     arguments = ["--data", str(tmp_path), "--batch-size", "20", "--epochs", "2", "--threads", "1"]

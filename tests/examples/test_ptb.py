@@ -136,7 +136,7 @@ def test_training_lowers_the_perplexity_and_resumes_exactly(folder: Path) -> Non
     assert again["runs"][0]["epochs"][1]["train_loss"] == run["epochs"][1]["train_loss"]
 
 
-@pytest.mark.usefixtures("_short", "aten_only")
+@pytest.mark.usefixtures("_short", "interpreted")
 def test_products_of_every_layer_are_sites(folder: Path) -> None:
     methods = '{"decoder": "zero"}'
     result = ptb.main(arguments(folder, "--methods-json", methods, "--max-steps", "3"))

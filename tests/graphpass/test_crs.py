@@ -13,7 +13,7 @@ from graphpass.errors import ConfigError
 from graphpass.method import get_method
 from graphpass.pairs import ChannelPairs
 from graphpass.site import ConvGeometry, Gradient, Site
-from tests.compiling import aten_only
+from tests.compiling import interpreted
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 X, W, Y = (2, 12, 6, 6), (5, 12, 3, 3), (2, 5, 6, 6)
@@ -102,7 +102,7 @@ def test_each_matrix_of_a_batch_has_its_own_terms() -> None:
     a = torch.randn(3, 5, 24, generator=generator, requires_grad=True)
     b = torch.randn(3, 24, 4, generator=generator)
     spec = {"name": "crs_unscaled", "gradient": "forward", "keep": 0.5}
-    with aten_only():
+    with interpreted():
         options = {"methods": {"*": spec}, "strict": True}
         found = torch.compile(product, backend="approx", options=options)(a, b)
     (row,) = graphpass.reports()[-1].approximated

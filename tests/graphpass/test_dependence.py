@@ -17,7 +17,7 @@ from graphpass.capture import Analysis
 from graphpass.dependence import reached
 from tests.graphpass.nets import NETS
 
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.fixture(name="folder", autouse=True)

@@ -43,29 +43,35 @@ pytestmark = [
 ]
 
 
+def _on_one_worker(pairs: list[tuple[str, str]]) -> list[Any]:
+    """Train each net with Inductor once, not once on every worker."""
+    return [pytest.param(*pair, marks=pytest.mark.xdist_group(pair[0])) for pair in pairs]
+
+
 # Each net in one setting at least, each setting with nets of several kinds.
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [
-        ("cnn2", "budget_0"),
-        ("conv_only", "nothing_pays"),
-        ("resnet8", "never_selected"),
-        ("vgg", "budget_0"),
-        ("unet", "never_selected"),
-        ("separable", "exact_section"),
-        *(("mlp", setting) for setting in SETTINGS),
-        ("lstm", "exact_section"),
-        ("transformer", "never_selected"),
-        *(("transformer_dropout", setting) for setting in SETTINGS),
-        ("tied", "exact_section"),
-        ("graph_break", "budget_0"),
-        ("graph_break", "exact_section"),
-        ("checkpointed", "never_selected"),
-        ("checkpointed", "exact_section"),
-        ("frozen", "never_selected"),
-    ],
+    _on_one_worker(
+        [
+            ("cnn2", "budget_0"),
+            ("conv_only", "nothing_pays"),
+            ("resnet8", "never_selected"),
+            ("vgg", "budget_0"),
+            ("unet", "never_selected"),
+            ("separable", "exact_section"),
+            *(("mlp", setting) for setting in SETTINGS),
+            ("lstm", "exact_section"),
+            ("transformer", "never_selected"),
+            ("transformer_dropout", "nothing_pays"),
+            ("transformer_dropout", "exact_section"),
+            ("tied", "exact_section"),
+            ("graph_break", "exact_section"),
+            ("checkpointed", "never_selected"),
+            ("frozen", "never_selected"),
+        ]
+    ),
 )
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_training(name: str, setting: str) -> None:
     assert_identical(run(NETS[name], train, setting), trained_by_inductor(name))
 
@@ -78,7 +84,7 @@ def test_training_with_generated_code() -> None:
         assert_identical(run(net, train, setting), expected)
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_the_comparison_sees_an_approximation() -> None:
     """The plan of the settings above, followed, gives other results."""
     net = NETS["conv_only"]
@@ -148,7 +154,7 @@ def checkpointed_from_outside(model: nn.Module, net: Net, reentrant: bool = Fals
         ),
     ],
 )
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_ways_to_train(training: Training, name: str) -> None:
     expected = run(NETS[name], training)
     for setting in ("budget_0", "exact_section"):
@@ -156,7 +162,7 @@ def test_ways_to_train(training: Training, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "noisy"])
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_dynamic_batch(name: str) -> None:
     """The batch is a symbol in the graph, and no size compiles it again."""
 
@@ -185,7 +191,7 @@ def outputs(model: nn.Module, net: Net) -> Results:
 
 
 @pytest.mark.parametrize("name", ["separable", "noisy"])
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_outputs_after_approximate_training(name: str) -> None:
     """Evaluation of a model that was trained with zeros is Inductor's, with the same weights."""
     weights: list[Mapping[str, Tensor]] = []
@@ -219,7 +225,7 @@ def saliency(model: nn.Module, net: Net) -> Results:
 
 @pytest.mark.parametrize("gradient", ["weight", "input"])
 @pytest.mark.parametrize("before", [0, 2])
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_gradients_in_evaluation_mode(before: int, gradient: str) -> None:
     """They are exact, although the graph of this net is the one that training uses.
 
@@ -245,7 +251,7 @@ def test_gradients_in_evaluation_mode(before: int, gradient: str) -> None:
     assert_identical(run(net, train_and_look, options=options), run(net, load_and_look))
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_exact_section_of_a_model_of_a_class_seen_before() -> None:
     """A model has a session of its own, also where Dynamo has compiled its class already."""
     net = NETS["conv_only"]
@@ -255,7 +261,7 @@ def test_exact_section_of_a_model_of_a_class_seen_before() -> None:
     assert_identical(run(net, train, "exact_section", fresh=False), expected)
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("interpreted")
 def test_checkpoint_around_two_forwards_of_different_variants() -> None:
     """What is computed again in backward is what was computed forward, not what came last."""
 

@@ -13,7 +13,7 @@ import graphpass
 from graphpass import ConfigError, Schedule, capture, report, variants
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 WIDTH = 6
 BATCH = 4

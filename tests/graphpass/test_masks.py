@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.fixture

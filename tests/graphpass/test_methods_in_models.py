@@ -23,7 +23,7 @@ BATCH = 4
 
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def compile_with(model: nn.Module, **options: Any) -> nn.Module:

@@ -14,7 +14,7 @@ import graphpass
 from graphpass import AccuracyDrop, ConfigError, Options, Plan, Schedule, Speedup
 from graphpass.curve import Curve
 
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 FIELDS = [field.name for field in fields(Options)]
 

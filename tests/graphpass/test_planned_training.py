@@ -10,7 +10,7 @@ import graphpass
 from graphpass import ConfigError, Speedup
 from tests.graphpass.planning import Prices
 
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 PATHS = ("0", "2", "4")
 

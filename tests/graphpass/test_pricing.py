@@ -221,12 +221,10 @@ def test_a_method_is_timed_as_it_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     assert product.shape == (CHANNELS, CHANNELS)
 
 
-def test_unreadable_measurements_are_forgotten(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_measurements_are_forgotten(tmp_path: Path, logged: list[str]) -> None:
     (tmp_path / f"measured-{THREADS}.json").write_text("{")
     assert not pricing.of(Analysis(()), THREADS).measured
-    assert "ignoring the unreadable file" in caplog.text
+    assert "ignoring the unreadable file" in logged[0]
 
 
 class Block(nn.Module):

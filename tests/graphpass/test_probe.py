@@ -11,8 +11,6 @@ from torch._dynamo.utils import counters
 from benchmarks.laboratory import Laboratory
 from graphpass.sheet import Probe, Reading
 
-pytestmark = pytest.mark.usefixtures("aten_only")
-
 SPECS: list[dict[str, Any]] = [
     {"name": "prune", "gradient": "weight", "min_channels": 1},
     {"name": "prune", "gradient": "input", "min_channels": 1},
@@ -61,9 +59,9 @@ class Bench:
         self.loss().backward()
         return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
-    def probe(self) -> tuple[Probe, list[Tensor], Reading]:
+    def probe(self, specs: list[dict[str, Any]] = SPECS) -> tuple[Probe, list[Tensor], Reading]:
         """Return a probe of everything, its gradients, and what it found."""
-        candidates = self.laboratory.numbers(SPECS, PATHS)
+        candidates = self.laboratory.numbers(specs, PATHS)
         plan = self.laboratory.numbers(SPECS[:2], PATHS[:2])
         probe = self.laboratory.running = Probe(candidates, plan)
         gradients = self.step()
@@ -74,6 +72,7 @@ def squared(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).square().sum())
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_gradients_stay_exact_and_errors_are_those_of_the_plan() -> None:
     bench = Bench()
     exact = bench.step()
@@ -89,6 +88,7 @@ def test_gradients_stay_exact_and_errors_are_those_of_the_plan() -> None:
     assert errors[0] > 0 and errors[2] > 0
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_every_candidate() -> None:
     bench = Bench()
     exact = bench.step()
@@ -116,6 +116,7 @@ def test_every_candidate() -> None:
     assert noise == pytest.approx(sum(errors) / draws, rel=0.4)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_bad_steps() -> None:
     bench = Bench()
     torch.nn.init.zeros_(bench.model.head.weight)
@@ -127,6 +128,7 @@ def test_bad_steps() -> None:
     assert not bench.probe()[2].is_finite
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_batch_of_one() -> None:
     _, gradients, reading = Bench(batch=1).probe()
     assert reading.is_finite and any(reading.total.values())
@@ -134,6 +136,7 @@ def test_a_batch_of_one() -> None:
 
 
 @torch._functorch.config.patch(donated_buffer=False)
+@pytest.mark.usefixtures("aten_only")
 def test_backward_may_run_again_and_notes_come_from_cached_graphs_too() -> None:
     found = []
     # Where the graph was analysed just before, keys of the cache are others than later on.
@@ -142,7 +145,7 @@ def test_backward_may_run_again_and_notes_come_from_cached_graphs_too() -> None:
         torch._dynamo.reset()
         torch.manual_seed(1)
         bench = Bench()
-        bench.probe()
+        bench.probe(SPECS[:2])
         loss = bench.loss()
         loss.backward(retain_graph=True)
         loss.backward()

@@ -14,7 +14,7 @@ from graphpass.errors import Reason
 from graphpass.outlook import Measured, frontier_svg
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 class Small(nn.Module):

@@ -21,7 +21,7 @@ from graphpass.rewrite import Replacement, seed_placeholder
 from graphpass.site import Gradient, Site
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 STEPS = 3
 SITE = Site(

@@ -23,7 +23,7 @@ Product = tuple[str, str, str, int]
 BATCH = 4
 
 pytestmark = [
-    pytest.mark.usefixtures("aten_only"),
+    pytest.mark.usefixtures("interpreted"),
     # Raised, not shown, where warnings are errors: Dynamo looks for gradients on what one piece of
     # a broken graph hands to the next (2.13, torch/_dynamo/variables/builder.py, safe_has_grad).
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

@@ -17,7 +17,7 @@ from graphpass.pricing import Price
 from graphpass.site import Site
 from graphpass.variants import Dispatcher
 
-pytestmark = pytest.mark.usefixtures("aten_only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 WIDTH, BATCH, EVERY, WINDOW = 16, 64, 12, 4
 

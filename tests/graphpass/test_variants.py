@@ -525,13 +525,19 @@ def test_a_graph_with_symbolic_sizes_has_a_report(
 # What is kept alive.
 
 
+@pytest.fixture
+def few_objects() -> None:
+    """Let the collector look at what is made from now on only, or it takes most of the time."""
+    gc.freeze()
+
+
 def batch_of_a_step(call: Callable[..., Any], number: int) -> "weakref.ref[Tensor]":
     x = batch(number)
     call(x).square().sum().backward()
     return weakref.ref(x)
 
 
-@pytest.mark.usefixtures("aten_only")
+@pytest.mark.usefixtures("aten_only", "few_objects")
 @pytest.mark.parametrize(
     ("rule", "dynamic"),
     [("always", False), (EVERY_OTHER, False), (Schedule.until(1), False), (EVERY_OTHER, True)],
@@ -546,6 +552,7 @@ def test_no_batch_outlives_its_step(rule: str | Schedule, dynamic: bool) -> None
         assert alive() is None
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_what_the_training_loop_lets_go_of_is_not_kept() -> None:
     call = compiled(Net(), {"methods": {"body": "zero"}})
     x = batch(0)
@@ -556,6 +563,7 @@ def test_what_the_training_loop_lets_go_of_is_not_kept() -> None:
     assert alive() is None
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_a_model_is_not_kept_alive() -> None:
     def train() -> list[weakref.ref[Any]]:
         model = Net()
