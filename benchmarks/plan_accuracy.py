@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from scipy.stats import t as student
@@ -73,7 +74,7 @@ def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[
         layers = Case(given.model).layers()[1:]
         arguments += ["--methods-json", json.dumps(dict.fromkeys(layers, plan))]
     else:
-        arguments += ["--backend", "inductor"] if plan is None else ["--budget", str(plan)]
+        arguments += ["--backend", "inductor"] if plan is None else _flags(plan)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", "examples.cifar10", *arguments, "--json", str(path)]
@@ -89,6 +90,15 @@ def train(given: argparse.Namespace, kind: str, epochs: int, seed: int) -> dict[
         # Linux counts it in KiB.
         "peak_memory_bytes": used.ru_maxrss * 1024,
     }
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """Return options of the backend as arguments of the example."""
+    flags: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
 
 
 def compare(runs: dict[str, dict[str, float]], kind: str, seeds: Sequence[int]) -> str:

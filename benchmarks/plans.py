@@ -5,8 +5,9 @@
 
 A plan by hand names methods for all layers but the first; what a method refuses stays exact. "auto"
 is the backend without any options, and "tau 0.1" its choice for that budget, both on the prices of
-`python -m graphpass calibrate` and on priors of noise. `--profile` says where the time of a step
-goes, exact and planned, in the table and in the results.
+`python -m graphpass calibrate` and on priors of noise; with "forward" it may choose for forward
+products too. `--profile` says where the time of a step goes, exact and planned, in the table and in
+the results.
 """
 
 import argparse
@@ -35,12 +36,16 @@ def _every(name: str, *gradients: str) -> Specs:
 
 
 BACKWARD = ("weight", "input")
-# A budget leaves the choice to the planner.
-PLANS: dict[str, Specs | float | str] = {
-    "auto": "auto",
-    "tau 0.02": 0.02,
-    "tau 0.1": 0.1,
-    "tau 0.3": 0.3,
+# Errors of forward products make every gradient a biased one: by this part of its square.
+_FORWARD = {"gradients": (*BACKWARD, "forward"), "max_bias": 0.01}
+# A list names methods; options leave the choice to the planner.
+PLANS: dict[str, Specs | dict[str, Any]] = {
+    "auto": {"budget": "auto"},
+    "tau 0.02": {"budget": 0.02},
+    "tau 0.1": {"budget": 0.1},
+    "tau 0.3": {"budget": 0.3},
+    "auto, forward": {"budget": "auto", **_FORWARD},
+    "tau 0.1, forward": {"budget": 0.1, **_FORWARD},
     "bf16": _every("bf16", "forward", *BACKWARD),
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),
@@ -99,11 +104,11 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows, "profiles_s": profiles}
 
 
-def options_of(case: Case, plan: Specs | float | str) -> dict[str, Any]:
+def options_of(case: Case, plan: Specs | dict[str, Any]) -> dict[str, Any]:
     """Return backend options that apply methods to every layer but the first, or spend a budget."""
     if isinstance(plan, list):
         return {"methods": dict.fromkeys(case.layers()[1:], plan), "strict": True}
-    return {"budget": plan, "strict": True}
+    return {**plan, "strict": True}
 
 
 def _profile(step: Step) -> dict[str, float]:

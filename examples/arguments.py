@@ -14,8 +14,11 @@ import graphpass
 from examples import checkpoint
 from examples.settings import BACKENDS, DTYPES, LR_DECAYS, OPTIMIZERS, Settings
 from graphpass.errors import ConfigError
+from graphpass.options import PRODUCTS
 
-_APPROX_ONLY = ("method", "methods_json", "recipe", "schedule", "budget", "report")
+_APPROX_ONLY = (
+    "method", "methods_json", "recipe", "schedule", "budget", "gradients", "max_bias", "report"
+)  # fmt: skip
 # What says which products are approximated, and how.
 _CHOICES = ("method", "methods_json", "recipe")
 
@@ -37,7 +40,7 @@ def check(arguments: Namespace) -> None:
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} were both given: give one of them")
     for name in _APPROX_ONLY if arguments.backend != "approx" else ():
-        if getattr(arguments, name):
+        if getattr(arguments, name) not in (None, False):
             raise ConfigError(
                 f"--{name.replace('_', '-')} means nothing to --backend {arguments.backend}: "
                 "leave it out, or choose --backend approx"
@@ -91,6 +94,10 @@ def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> 
         options |= {"schedule": arguments.schedule, "total_steps": total_steps}
     if arguments.budget is not None:
         options["budget"] = _parsed_budget(arguments.budget)
+    if arguments.gradients is not None:
+        options["gradients"] = arguments.gradients
+    if arguments.max_bias is not None:
+        options["max_bias"] = arguments.max_bias
     return options
 
 
@@ -159,6 +166,13 @@ def _add_approximation(parser: ArgumentParser) -> None:
     )
     group.add_argument("--schedule", metavar="NAME", help="always, ga-1, ga-2, ga-3, ga-cnn2, ...")
     group.add_argument("--budget", metavar="TAU", help="auto, or the noise that may be added")
+    group.add_argument(
+        "--gradients",
+        nargs="+",
+        choices=PRODUCTS,
+        help="what the planner may approximate (weight input)",
+    )
+    group.add_argument("--max-bias", type=float, metavar="B", help="squared bias that it may add")
     group.add_argument("--report", action="store_true", help="print what was approximated, and why")
     group.add_argument(
         "--compare",

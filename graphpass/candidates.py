@@ -65,11 +65,9 @@ def ladder(site: Site, names: Collection[str] | None = None) -> tuple[Offer, ...
     """Return every method and parameters worth considering for a site.
 
     Args:
-        site: the site. For a forward product there are none: those are only ever named.
+        site: the site.
         names: names of the methods that may be used; None for all.
     """
-    if site.gradient is Gradient.FORWARD:
-        return ()
     offers = []
     for name, method in methods().items():
         if site.gradient in method.gradients and (names is None or name in names):
@@ -137,7 +135,7 @@ def _effect(
     propagation: Propagation,
 ) -> Effect | Rejected:
     """Return what a candidate adds to the gradient, or why it cannot be used."""
-    if not method.unbiased and max_bias == 0:
+    if max_bias == 0 and biases(method, site):
         return Rejected(Reason.BIASED)
     rejected = method.reject(site, params)
     if rejected is not None:
@@ -145,11 +143,22 @@ def _effect(
     return effect_of(site, method, params, table, propagation) or Rejected(Reason.NOISE_UNKNOWN)
 
 
+def biases(method: Method, site: Site) -> bool:
+    """Return whether a method biases the gradient: in a forward product every one does.
+
+    The gradient is no linear function of that.
+    """
+    return site.gradient is Gradient.FORWARD or not method.unbiased
+
+
 def effect_of(
     site: Site, method: Method, params: Any, table: NoiseTable, propagation: Propagation
 ) -> Effect | None:
     """Return what a method adds to the gradient at a site; None where that is not known."""
     local = table.entries.get(key_of(site.id, method.name, params))
+    if local is None and site.gradient is Gradient.FORWARD:
+        # Never measured: probes compare gradients of one and the same forward pass.
+        local = prior.local_noise(site, method, params)
     return None if local is None else propagation.effect(site, local)
 
 

@@ -10,7 +10,9 @@ from graphpass.errors import ConfigError
 from graphpass.plan import Plan
 from graphpass.schedule import Schedule
 
+# What the planner may approximate: by itself, and where it is told to.
 GRADIENTS = ("weight", "input")
+PRODUCTS = (*GRADIENTS, "forward")
 
 MethodSpec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
@@ -28,7 +30,9 @@ class Options:
             such as `{"name": "topk", "k": 2, "gradient": "weight"}`, or a list of those for
             different products. Later patterns win. Forward products are approximated only where a
             record says `"gradient": "forward"`: what they lose, the loss and every gradient lose.
-        gradients: the gradients that may be approximated, out of "weight" and "input".
+        gradients: the products that may be approximated, out of "weight", "input" and "forward".
+            With "forward" the planner may choose methods for forward products too, within
+            `max_bias`, as their errors make every gradient a biased one.
         max_bias: squared bias that the planner may add with biased methods, relative to the squared
             gradient; 0 leaves them to those who name them in a mapping.
         schedule: a `Schedule` or the name of one; None applies every planned method on every step.
@@ -143,9 +147,9 @@ class Options:
 
 def _check_gradients(gradients: object) -> None:
     names = list(gradients) if isinstance(gradients, (list, tuple)) else []
-    legal = all(isinstance(name, str) and name in GRADIENTS for name in names)
+    legal = all(isinstance(name, str) and name in PRODUCTS for name in names)
     if not names or not legal or len(set(names)) < len(names):
-        raise ConfigError(f"gradients={gradients!r}: give one or both of {', '.join(GRADIENTS)}")
+        raise ConfigError(f"gradients={gradients!r}: give one or more of {', '.join(PRODUCTS)}")
 
 
 def _check_methods(methods: object) -> None:

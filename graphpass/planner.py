@@ -245,7 +245,7 @@ def _select(
     obstacles = {}
     for site in analysis.sites:
         obstacle = _forbidden(site, options, schedule, site.layer + offset)
-        if site.gradient is Gradient.FORWARD:
+        if site.gradient is Gradient.FORWARD and site.gradient.value not in options.gradients:
             obstacle = Rejected(Reason.FORWARD)
         elif site.reason is not None:
             obstacle = Rejected(site.reason)

@@ -18,6 +18,7 @@ from graphpass.noise import NoiseTable
 from graphpass.pricing import Pricing
 from graphpass.propagation import Propagation
 from graphpass.rewrite import Replacement
+from graphpass.site import Gradient
 
 # Points of the frontier that are kept.
 _POINTS = 24
@@ -171,6 +172,8 @@ def predict(
             done = sum(s for name, s in price.shared.items() if name in seen)
             seen.update(price.shared)
             effect = effect_of(site, chosen.method, chosen.params, table, propagation)
+            # Never measured in training.
+            forward = site.gradient is Gradient.FORWARD
             figures = replace(
                 figures,
                 planned_s=price.seconds - done,
@@ -178,7 +181,7 @@ def predict(
                 approximated=True,
                 tau=None if effect is None else effect.tau,
                 bias=None if effect is None else effect.bias,
-                noise_source=table.source,
+                noise_source=prior.SOURCE if forward else table.source,
             )
         sites[site.id] = replace(figures, others=(others or {}).get(site.id, ()))
     points = tuple(replace(p, seconds=p.seconds + rest_s) for p in thinned(frontier))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphpass.capture import Analysis
-from graphpass.method import Method, Prior
+from graphpass.method import Method
 from graphpass.noise import Key, LocalNoise, NoiseTable, key_of
 from graphpass.site import Gradient, Site
 
@@ -37,9 +37,9 @@ def noise_table(
     entries: dict[Key, LocalNoise] = {}
     for site in analysis.sites:
         for method, params in offered.get(site.id, ()):
-            prior = None if method.prior is None else method.prior(site, params)
-            if prior is not None:
-                entries[key_of(site.id, method.name, params)] = _local(site, prior)
+            local = local_noise(site, method, params)
+            if local is not None:
+                entries[key_of(site.id, method.name, params)] = local
     return NoiseTable(
         entries,
         variance=dict.fromkeys(weights, 1.0),
@@ -48,8 +48,14 @@ def noise_table(
     )
 
 
-def _local(site: Site, prior: Prior) -> LocalNoise:
-    """Return the noise of a site that would add up to the prior over ResNet-20."""
+def local_noise(site: Site, method: Method, params: Any) -> LocalNoise | None:
+    """Return the noise of a site that would add up to a method's prior over ResNet-20.
+
+    None where the method has none for these parameters.
+    """
+    prior = None if method.prior is None else method.prior(site, params)
+    if prior is None:
+        return None
     if site.gradient is Gradient.WEIGHT:
         share = _LAYERS / len(_APPROXIMATED)
         return LocalNoise(

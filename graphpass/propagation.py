@@ -2,7 +2,8 @@
 
 The error of a weight gradient is an error of the gradient itself. That of an input gradient goes on
 to the layers before it: a relative error e in it becomes one of e in every weight gradient that it
-reaches, times a correction that is measured. With V and S the variance and the square of the weight
+reaches, times a correction that is measured. That of a forward product becomes one of the whole
+gradient, without a correction. With V and S the variance and the square of the weight
 gradients, by layer, a plan adds
 
     tau  = [sum of noise + correction * sum over inputs of (noise / square) * (V + S reached)] / V,
@@ -80,7 +81,8 @@ class Propagation:
         if site.gradient is Gradient.WEIGHT:
             noise, bias = local.noise, local.bias
         else:
-            gain = self._correction * self._behind[site.id]
+            forward = site.gradient is Gradient.FORWARD
+            gain = (1.0 if forward else self._correction) * self._behind[site.id]
             noise = _ratio(local.noise, local.square) * gain if local.noise else 0.0
             bias = _ratio(local.bias, local.square) * gain if local.bias else 0.0
         # What is estimated as a difference may come out below zero.

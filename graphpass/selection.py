@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from graphpass.budget import Budget
-from graphpass.candidates import Candidate, Menu, layers_of, seconds_of
+from graphpass.candidates import Candidate, Menu, biases, layers_of, seconds_of
 from graphpass.errors import Reason, Rejected
 from graphpass.frontier import Choice, Point, frontier, point_of
 from graphpass.spending import LEAST_GAIN, Spending
@@ -124,7 +124,11 @@ def _choice(menus: Sequence[Menu], picks: tuple[int | None, ...]) -> Choice:
         _seconds(menus, chosen),
         math.fsum(candidate.effect.tau for candidate in some),
         # What an unbiased method was measured to add is what is left of its noise.
-        math.fsum(c.effect.bias for c in some if not c.method.unbiased),
+        math.fsum(
+            candidate.effect.bias
+            for menu, candidate in zip(menus, chosen, strict=True)
+            if candidate is not None and biases(candidate.method, menu.site)
+        ),
         picks,
     )
 

@@ -138,6 +138,7 @@ def _offers(part: Part, pricing: Pricing) -> list[Replacement]:
     names = None if options.methods is None else tuple(options.methods)
     for site in part.analysis.sites:
         legal = site.gradient.value in options.gradients and site.reason is None
+        legal = legal and site.gradient is not Gradient.FORWARD
         if not legal or not schedule.may_select(site.layer + part.offset):
             continue
         exact_s = pricing.exact(site).seconds

@@ -60,6 +60,22 @@ def test_a_budget_is_spent_and_zero_is_exact() -> None:
     assert all(torch.equal(followed[path], some[path]) for path in PATHS)
 
 
+def test_forward_products_are_planned_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graphpass.pricing.of", lambda analysis, threads: Prices({"bf16": 0.5}))
+    given = {"budget": 1.0, "methods": ["bf16"], "gradients": ["forward"]}
+    exact, plan = gradients(**given)
+    assert not plan.approximated
+    found, plan = gradients(**given, max_bias=0.01)
+    assert [d.site for d in plan.approximated] == [f"{path}:forward" for path in PATHS]
+    assert plan.prediction is not None and plan.prediction.bias is not None
+    assert 0 < plan.prediction.bias <= 0.01
+    for path in PATHS:
+        error = (found[path] - exact[path]).norm() / exact[path].norm()
+        assert 0 < error < 0.05
+
+
 @pytest.mark.usefixtures("paying")
 def test_an_impossible_speedup_reaches_the_user() -> None:
     with pytest.raises(ConfigError, match=r"Speedup\(9\): the best that is possible here"):

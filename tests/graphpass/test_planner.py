@@ -165,11 +165,39 @@ def test_biased_methods_need_to_be_admitted() -> None:
     assert more.prediction.bias <= 0.5
 
 
+def test_forward_products_need_to_be_asked_for_and_bias_to_be_admitted() -> None:
+    given: dict[str, Any] = {"budget": 1.0, "gradients": ["weight", "input", "forward"]}
+    refused = planned(**given)
+    assert not [d for d in refused.approximated if d.site.endswith("forward")]
+    assert refused.prediction is not None
+    assert "int8: biased, and `max_bias` is 0" in refused.prediction.sites["conv2:forward"].others
+
+    plan = planned(**given, max_bias=0.01)
+    forward = {d.site: d.method for d in plan.approximated if d.site.endswith("forward")}
+    assert forward == dict.fromkeys(("conv1:forward", "conv2:forward", "conv3:forward"), "int8")
+    assert plan.prediction is not None and plan.prediction.bias is not None
+    # What was seen of 19 layers, for three.
+    assert plan.prediction.bias == pytest.approx(3 / 19 * 0.0056)
+    less = planned(**given, max_bias=2.5 / 19 * 0.0056)
+    assert [d.site[5:] for d in less.approximated].count(":forward") == 2
+
+
+def test_forward_products_keep_their_prior_when_noise_was_measured() -> None:
+    """Probes compare gradients of one forward pass; no correction was measured for them either."""
+    given: dict[str, Any] = {"budget": 1.0, "gradients": ["forward"], "max_bias": 0.01}
+    supposed, plan = planned(**given), planned(**given, noise=table(0.01, correction=9.0))
+    assert plan.approximated == supposed.approximated != ()
+    assert plan.prediction is not None and supposed.prediction is not None
+    assert plan.prediction.tau == pytest.approx(supposed.prediction.tau)
+    assert {s.noise_source for s in plan.prediction.sites.values()} == {"", "prior"}
+
+
 def table(noise: float, **changes: Any) -> NoiseTable:
     """Return a measured table: the same noise for every candidate, V = 4 and S = 1 a layer."""
     entries = {
         key_of(site.id, method.name, params): LocalNoise(noise, 0.0, 8.0)
         for site in SMALL.sites
+        if site.gradient is not Gradient.FORWARD
         for method, params in ladder(site)
     }
     weights = [site.id for site in SMALL.sites if site.gradient is Gradient.WEIGHT]
