@@ -1,7 +1,7 @@
 """How tests compile when they are about graphs, not about what Inductor makes of them.
 
 A backend in front of Inductor can change no more than the graphs and the inputs, and those are the
-same in both ways here.
+same in both ways here. With `pytest --inductor` both do nothing: all is compiled as users have it.
 """
 
 import contextlib
@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+# Whether Inductor is to compile everything.
+in_full = False
+
 
 def aten_only() -> AbstractContextManager[None]:
     """Let Inductor call ATen for every operation, instead of writing and compiling C++.
@@ -21,7 +24,7 @@ def aten_only() -> AbstractContextManager[None]:
     Compiling takes a tenth of the time; buffers are planned, donated and reused as always. Nor are
     there copies to channels_last, which would be the only C++ that is left.
     """
-    settings = {"fallback_by_default": True, "layout_optimization": False}
+    settings = {} if in_full else {"fallback_by_default": True, "layout_optimization": False}
     patch: AbstractContextManager[None] = torch._inductor.config.patch(settings)
     return patch
 
@@ -32,6 +35,9 @@ def interpreted() -> Iterator[None]:
 
     Nothing of this kind may reach a cache, where it would pass for what Inductor made.
     """
+    if in_full:
+        yield
+        return
     with (
         pytest.MonkeyPatch.context() as patch,
         torch._inductor.config.patch(layout_optimization=False, fx_graph_cache=False),

@@ -15,6 +15,7 @@ import torch
 
 from codegen import build
 from codegen.cache import cache_dir
+from tests import compiling
 from tests.compiling import aten_only, interpreted
 
 # Sums come out in the same order on every machine, and tests that run side by side on the cores
@@ -34,8 +35,11 @@ _caches = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the flag that approves emitted sources as they are now."""
+    """Add the flags that approve emitted sources as they are now, and that leave nothing out."""
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files")
+    parser.addoption(
+        "--inductor", action="store_true", help="compile in full where graphs are run as they are"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     `GRAPHPASS_TEST_INDUCTOR_CACHE` names a folder to reuse between runs: faster, but a result that
     an earlier version of the code left there can then pass for one of this version.
     """
+    compiling.in_full = config.getoption("inductor")
     # Dynamo would collect garbage after every graph.
     os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
     # Threads that wait would keep the other worker's core busy.

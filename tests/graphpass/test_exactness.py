@@ -2,6 +2,10 @@
 
 Every test does the same thing twice from the same seed, with `backend="inductor"` and with
 `backend="approx"` in a setting that promises exactness, and compares all that can be seen of it.
+
+Most run the graphs that Inductor is given as they are, from both backends: the same graphs with the
+same inputs become the same code. One net is trained with the code that Inductor generates; with
+`pytest --inductor` all are.
 """
 
 import contextlib
