@@ -79,7 +79,12 @@ def controller_of(part: Part, variants: Variants, current: Subplan) -> Controlle
     """Return what keeps the plan of a part within its budget, or why nothing does."""
     pricing = prices.of(part.analysis, torch.get_num_threads())
     offers = (*replacements(current.plan(), part.analysis.sites), *_offers(part, pricing))
-    candidates = {variants.position(replacement): replacement for replacement in offers}
+    candidates = {
+        variants.position(replacement): replacement
+        for replacement in offers
+        # Probes compare gradients of one forward pass.
+        if replacement.site.gradient is not Gradient.FORWARD
+    }
     if not candidates:
         return Reason.NOTHING_PAYS.value
     groups = _groups(candidates, part, pricing)
@@ -138,7 +143,6 @@ def _offers(part: Part, pricing: Pricing) -> list[Replacement]:
     names = None if options.methods is None else tuple(options.methods)
     for site in part.analysis.sites:
         legal = site.gradient.value in options.gradients and site.reason is None
-        legal = legal and site.gradient is not Gradient.FORWARD
         if not legal or not schedule.may_select(site.layer + part.offset):
             continue
         exact_s = pricing.exact(site).seconds

@@ -156,6 +156,9 @@ class Variants:
             users = UserPasses(patches)
             looked_at = self._chosen(key.candidates), self._chosen(key.plan)
             patches["joint_custom_pre_pass"] = ProbePass(*looked_at, self.subject, users)
+            # A probe runs for a few steps, and holds every candidate: generating and compiling
+            # code for it takes minutes, where calling ATen takes a few of its steps longer.
+            patches["fallback_by_default"] = True
             self.compiled[key] = self.compile_raw(gm, inputs, patches)
             return self.compiled[key]
         partitioner = SavedBytes(patches, self.parameters)

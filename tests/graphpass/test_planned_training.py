@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import graphpass
-from graphpass import ConfigError, Speedup
+from graphpass import ConfigError, Speedup, steering
+from graphpass.rewrite import Replacement
+from graphpass.site import Gradient
 from tests.graphpass.planning import Prices
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -74,6 +76,21 @@ def test_forward_products_are_planned_where_that_is_asked_for(
     for path in PATHS:
         error = (found[path] - exact[path]).norm() / exact[path].norm()
         assert 0 < error < 0.05
+
+
+def test_probes_look_at_no_forward_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at, names_of = list[Replacement](), steering.names_of
+
+    def noting(analysis: Any, candidates: Any, *others: Any) -> Any:
+        looked_at.extend(candidates.values())
+        return names_of(analysis, candidates, *others)
+
+    monkeypatch.setattr(steering, "names_of", noting)
+    monkeypatch.setattr("graphpass.pricing.of", lambda analysis, threads: Prices({"bf16": 0.5}))
+    products = ["weight", "forward"]
+    _, plan = gradients(budget=1.0, methods=["bf16"], gradients=products, max_bias=0.01)
+    assert {d.site.partition(":")[2] for d in plan.approximated} == {*products}
+    assert {replacement.site.gradient for replacement in looked_at} == {Gradient.WEIGHT}
 
 
 @pytest.mark.usefixtures("paying")
