@@ -291,8 +291,9 @@ def _corrected(
     names: Names,
 ) -> NoiseTable:
     """Return the table with the correction that the plan's own probe asks for."""
-    chosen = [names.candidates[number] for number in sorted(probe.plan)]
-    chosen = [key for key in chosen if key in table.entries]
+    # Forward products of the plan are no candidates: probes leave them exact.
+    known = [names.candidates[n] for n in sorted(probe.plan) if n in names.candidates]
+    chosen = [key for key in known if key in table.entries]
     plain = plan_noise(replace(table, correction=1.0), chosen, names.reach)
     supposed = plain.from_inputs * sum(table.variance.values())
     with_product = {position for ends in names.weights.values() for position in ends}

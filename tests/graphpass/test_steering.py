@@ -185,6 +185,17 @@ def test_why_nothing_is_measured(options: dict[str, Any], reason: str) -> None:
         run.session.set_budget(0.1)
 
 
+def test_a_plan_with_forward_products_is_measured_without_them() -> None:
+    products = ["weight", "input", "forward"]
+    run = Training(methods=["bf16"], gradients=products, max_bias=0.1)
+    run.run(range(2 * EVERY + 10))
+    assert run.session.noise is not None and run.session.noise.table.source == "measured"
+    measured = {site.partition(":")[2] for site, _, _ in run.session.noise.table.entries}
+    assert measured == {"weight", "input"}
+    planned = {d.site.partition(":")[2] for d in run.session.plan.approximated}
+    assert "forward" in planned
+
+
 def test_nothing_is_measured_where_sizes_are_dynamic() -> None:
     model = Net()
     options: dict[str, Any] = {"budget": 1.0, "methods": ["int8"]}
