@@ -36,16 +36,14 @@ def _every(name: str, *gradients: str) -> Specs:
 
 
 BACKWARD = ("weight", "input")
-# Errors of forward products make every gradient a biased one: by this part of its square.
-_FORWARD = {"gradients": (*BACKWARD, "forward"), "max_bias": 0.01}
 # A list names methods; options leave the choice to the planner.
 PLANS: dict[str, Specs | dict[str, Any]] = {
     "auto": {"budget": "auto"},
     "tau 0.02": {"budget": 0.02},
     "tau 0.1": {"budget": 0.1},
     "tau 0.3": {"budget": 0.3},
-    "auto, forward": {"budget": "auto", **_FORWARD},
-    "tau 0.1, forward": {"budget": 0.1, **_FORWARD},
+    # Errors of forward products make every gradient a biased one: by this part of its square.
+    "tau 0.1, forward": {"budget": 0.1, "gradients": (*BACKWARD, "forward"), "max_bias": 0.01},
     "bf16": _every("bf16", "forward", *BACKWARD),
     "int8": _every("int8", *BACKWARD),
     "int8, bf16 forward": _every("int8", *BACKWARD) + _every("bf16", "forward"),

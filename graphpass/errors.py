@@ -34,7 +34,7 @@ class Reason(StrEnum):
     SMALL_GAIN = "planner: too little to gain in all"
     NOT_THIS_GRADIENT = "the method does not approximate this product"
     NOT_IN_GRADIENTS = "`gradients` leaves this product out"
-    FORWARD = "forward products stay exact unless `gradients`, or a method for them, names them"
+    FORWARD = "forward products stay exact unless a method is named, or the planner may choose"
     FUSED = "part of a fused attention kernel"
     NO_COUNTERPART = "no forward product belongs to this one"
     UNSUPPORTED_DTYPE = "not a floating-point product"

@@ -143,14 +143,23 @@ def _interpreted() -> Iterator[None]:
         yield
 
 
+class _Listing(logging.Handler):
+    """Keeps the text of what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     """Return a list that fills with what graphpass logs."""
-    said: list[str] = []
-    handler, log = logging.Handler(), logging.getLogger("graphpass")
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler, log = _Listing(), logging.getLogger("graphpass")
     log.addHandler(handler)
-    yield said
+    yield handler.said
     log.removeHandler(handler)
 
 
