@@ -21,6 +21,7 @@ from threading import Lock
 
 import torch
 
+from codegen import amx
 from codegen.cache import cache_dir, write_atomically
 
 # What a compiled kernel is called with: one pointer a tensor.
@@ -54,6 +55,7 @@ class Toolchain:
         avx512: whether the processor has AVX-512 (F, BW, DQ, VL).
         bf16: whether it multiplies bfloat16 (AVX512-BF16).
         vnni: whether it multiplies int8 (AVX512-VNNI).
+        amx: whether it multiplies int8 in tiles (AMX), and this process may.
     """
 
     path: str
@@ -62,6 +64,7 @@ class Toolchain:
     avx512: bool
     bf16: bool
     vnni: bool
+    amx: bool
 
 
 @cache
@@ -83,6 +86,7 @@ def toolchain() -> Toolchain | str:
         avx512={"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features,
         bf16="avx512_bf16" in features,
         vnni="avx512_vnni" in features,
+        amx=amx.available(path, flags, features),
     )
 
 

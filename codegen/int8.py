@@ -186,6 +186,12 @@ def unsupported() -> str | None:
     return None if tools.avx512 and tools.vnni else "the processor has no AVX-512 VNNI"
 
 
+def in_tiles() -> bool:
+    """Return whether this machine multiplies bytes in AMX's tiles."""
+    tools = build.toolchain()
+    return isinstance(tools, build.Toolchain) and tools.amx
+
+
 # Interleaving makes neighbours of the four values that one VNNI instruction contracts.
 INTERLEAVE = r"""
 alignas(64) static const uint8_t ZEROS[64] = {

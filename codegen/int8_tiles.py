@@ -1,7 +1,8 @@
 """C++ for convolutions of 8-bit numbers: the forward product, and the input gradient.
 
 Either is computed straight from bordered pixels (see `codegen.int8`): a tile of the result's pixels
-by 16 to 64 of its channels stays in registers while taps and contracted channels are run through.
+by some of its channels stays in registers while taps and contracted channels are run through, in
+vector registers (`codegen.int8_vnni`) or, where the processor has them, in AMX's (`int8_amx`).
 What is read is unsigned bytes, value + 128; what the 128 adds is the same for every pixel and is
 what the sums start from. An input gradient of stride s is s convolutions an axis, one for each
 phase of its pixels, with some of the taps; a forward product of stride s reads every s-th pixel.
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen import cpp, int8
+from codegen import cpp, int8, int8_amx, int8_vnni
 from codegen.kernel import Source
 
 
@@ -50,8 +51,14 @@ def emit(
     _, padded_height, padded_width, _ = int8.padded(in_size, *border)
     vectors = -(-(out_channels // groups) // 16)
     phases = 1 if forward else stride[0] * stride[1]
-    pixels, rows, panel = _tile(width if forward else -(-width // stride[1]), vectors)
     quads, taps = -(-(in_size[1] // groups) // 4), kernel[0] * kernel[1]
+    if int8.in_tiles():
+        body, tile, quads = int8_amx.BODY, {}, -(-quads // 16) * 16
+    else:
+        body, tile = (
+            int8_vnni.BODY,
+            int8_vnni.tile(width if forward else -(-width // stride[1]), vectors),
+        )
     constants: dict[str, Any] = {
         "T": cpp.ELEMENTS[result.dtype], "FORWARD": forward,
         "B": batch, "OUT_C": out_channels, "OUT_H": height, "OUT_W": width, "GROUPS": groups,
@@ -59,37 +66,20 @@ def emit(
         "TOP": border[0][0], "LEFT": border[0][1],
         "KH": kernel[0], "KW": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
         "PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1],
-        "TILE_W": pixels, "TILE_H": rows, "PANEL": panel, "VECTORS": vectors,
+        "VECTORS": vectors, **tile,
         **cpp.strides("RS", result),
     }  # fmt: skip
     weight_bytes, start_bytes = groups * vectors * taps * quads * 64, groups * vectors * 64 * phases
-    return Source(cpp.source(constants, int8.INTERLEAVE + _BODY), weight_bytes + start_bytes)
+    text = cpp.source(constants, int8.INTERLEAVE + _COMMON + body)
+    return Source(text, weight_bytes + start_bytes)
 
 
-def _tile(width: int, vectors: int) -> tuple[int, int, int]:
-    """Return pixels in a row, rows, and vectors of channels of a tile: at most 24 registers."""
-    if width >= 12:
-        panel = min(vectors, 4)
-        return {4: 6, 3: 8, 2: 12, 1: 12}[panel], 1, panel
-    panel = min(vectors, 3 if vectors % 3 == 0 or vectors > 4 else 2)
-    pixels = min(width, 8)
-    return pixels, max(1, 8 // pixels), panel
-
-
-_BODY = r"""
+_COMMON = r"""
 // `OUT` channels of the result, `IN` channels that are contracted, both of one group.
 constexpr long OUT = OUT_C / GROUPS, IN = IN_C / GROUPS, QUADS = (IN + 3) / 4, TAPS = KH * KW;
 // The result's pixels fall into phases, each computed from every `STEP`-th pixel of what is read.
 constexpr long SH = FORWARD ? 1 : STRIDE_H, SW = FORWARD ? 1 : STRIDE_W, PHASES = SH * SW;
 constexpr long STEP_H = FORWARD ? STRIDE_H : 1, STEP_W = FORWARD ? STRIDE_W : 1;
-constexpr long PANELS = (VECTORS + PANEL - 1) / PANEL;
-constexpr long LAST = VECTORS - (PANELS - 1) * PANEL;  // vectors in the last panel
-constexpr long STRIP = 16;                             // tiles in a row that one task computes
-// Where channels are not contiguous, a task's pixels are transposed from a buffer in the L1 cache:
-// 16 channels of one pixel may lie a page apart, all in one set of the cache.
-constexpr bool DIRECT = RS1 == 1;
-constexpr long NEXT_W = DIRECT ? SW * RS3 : 16 * PANEL;
-constexpr long NEXT_H = DIRECT ? SH * RS2 : STRIP * TILE_W * NEXT_W;
 
 // Which taps reach the result's pixels (SH * i + a, SW * j + b), and what they read for i = j = 0.
 struct Phase {
@@ -101,7 +91,9 @@ static Phase phase_of(long a, long b) {
   phase.height = (OUT_H - a + SH - 1) / SH;
   phase.width = (OUT_W - b + SW - 1) / SW;
   for (long kh = 0; kh < KH; kh++)
-    for (long kw = 0; kw < KW; kw++) {
+    for (long i = 0; i < KW; i++) {
+      // In the order in which pixels lie.
+      long kw = FORWARD ? i : KW - 1 - i;
       long h = FORWARD ? kh * DH - PH : a + PH - kh * DH;
       long w = FORWARD ? kw * DW - PW : b + PW - kw * DW;
       if (h % SH != 0 || w % SW != 0) continue;
@@ -109,11 +101,6 @@ static Phase phase_of(long a, long b) {
       phase.offset[phase.taps++] = ((TOP + h / SH) * IN_W + LEFT + w / SW) * IN_C;
     }
   return phase;
-}
-
-// A panel holds, for all taps and quadruples of contracted channels, `N` vectors of 16 quadruples.
-static inline int8_t* panel_at(int8_t* packed, long group, long panel) {
-  return packed + (group * VECTORS + panel * PANEL) * TAPS * QUADS * 64;
 }
 
 // Quadruple `quad` of contracted channels, for the 16 channels of the result in `vector`.
@@ -138,31 +125,6 @@ static inline __m512i quadruples(const uint8_t* weight, long group, long vector,
   return _mm512_maskz_and_epi32(__mmask16((1u << left) - 1), values, used);
 }
 
-static void pack(const uint8_t* weight, long group, long panel, int8_t* packed, int32_t* start,
-                 const Phase* phases) {
-  long count = panel == PANELS - 1 ? LAST : PANEL;
-  int8_t* into = panel_at(packed, group, panel);
-  __m512i sums[TAPS];
-  for (long n = 0; n < count; n++) {
-    for (long tap = 0; tap < TAPS; tap++) {
-      sums[tap] = _mm512_setzero_si512();
-      for (long quad = 0; quad < QUADS; quad++) {
-        __m512i values = quadruples(weight, group, panel * PANEL + n, tap, quad);
-        _mm512_storeu_si512(into + ((tap * QUADS + quad) * count + n) * 64, values);
-        dot4(sums[tap], _mm512_set1_epi8(1), values);
-      }
-    }
-    for (long p = 0; p < PHASES; p++) {
-      __m512i sum = _mm512_setzero_si512();
-      for (long i = 0; i < phases[p].taps; i++)
-        sum = _mm512_add_epi32(sum, sums[phases[p].tap[i]]);
-      sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128));
-      long at = (group * PHASES + p) * VECTORS + panel * PANEL + n;
-      _mm512_storeu_si512(start + at * 16, sum);
-    }
-  }
-}
-
 static inline void write(float* at, __m512 value, __mmask16 mask) {
   _mm512_mask_storeu_ps(at, mask, value);
 }
@@ -173,121 +135,5 @@ static inline void write(bf16* at, __m512 value, __mmask16 mask) {
   __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   up = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7FC0));
   _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(up));
-}
-
-struct Task {
-  const Phase* phase;
-  const int8_t* weight;
-  const int32_t* start;
-  float scale, weight_scale;
-  long channels;  // from the panel's first to the group's last
-};
-
-// W pixels of each of H rows by 16 * N channels.
-template <long W, long H, long N>
-static inline void multiply(const Task& task, const uint8_t* in, T* out) {
-  // The sums are registers only if every loop over them is unrolled.
-  __m512i sum[W * H][N];
-#pragma GCC unroll 16
-  for (long m = 0; m < W * H; m++)
-#pragma GCC unroll 4
-    for (long n = 0; n < N; n++) sum[m][n] = _mm512_loadu_si512(task.start + 16 * n);
-  for (long i = 0; i < task.phase->taps; i++) {
-    const uint8_t* from = in + task.phase->offset[i];
-    const int8_t* weight = task.weight + task.phase->tap[i] * QUADS * N * 64;
-    for (long quad = 0; quad < QUADS; quad++, from += 4, weight += 64 * N) {
-      __m512i values[N];
-#pragma GCC unroll 4
-      for (long n = 0; n < N; n++) values[n] = _mm512_loadu_si512(weight + 64 * n);
-#pragma GCC unroll 16
-      for (long m = 0; m < W * H; m++) {
-        int32_t four;
-        std::memcpy(&four, from + ((m / W) * STEP_H * IN_W + m % W * STEP_W) * IN_C, 4);
-        __m512i pixel = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-        for (long n = 0; n < N; n++) dot4(sum[m][n], pixel, values[n]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (long m = 0; m < W * H; m++)
-#pragma GCC unroll 4
-    for (long n = 0; n < N; n++) {
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][n]), _mm512_set1_ps(task.scale));
-      value = _mm512_mul_ps(value, _mm512_set1_ps(task.weight_scale));
-      long left = std::min(16L, task.channels - 16 * n);
-      write(out + (m / W) * NEXT_H + (m % W) * NEXT_W + 16 * n, value,
-            __mmask16((1u << left) - 1));
-    }
-}
-
-// A strip of H rows: whole tiles, then the pixels that are left, of which there are one of two
-// numbers, as the phases' widths differ by one at most.
-template <long H, long N>
-static inline void strip(const Task& task, const uint8_t* in, T* out, long width) {
-  constexpr long WIDER = (OUT_W + SW - 1) / SW % TILE_W, NARROWER = OUT_W / SW % TILE_W;
-  for (; width >= TILE_W; width -= TILE_W) {
-    multiply<TILE_W, H, N>(task, in, out);
-    in += TILE_W * STEP_W * IN_C;
-    out += TILE_W * NEXT_W;
-  }
-  if constexpr (WIDER > 0) if (width == WIDER) return multiply<WIDER, H, N>(task, in, out);
-  if constexpr (NARROWER > 0) if (width == NARROWER) multiply<NARROWER, H, N>(task, in, out);
-}
-
-template <long N>
-static inline void rows(const Task& task, const uint8_t* in, T* out, long height, long width) {
-  if (height >= TILE_H) return strip<TILE_H, N>(task, in, out, width);
-  for (long h = 0; h < height; h++)
-    strip<1, N>(task, in + h * STEP_H * IN_W * IN_C, out + h * NEXT_H, width);
-}
-
-static void transpose(const T* from, T* into, long channels, long height, long width) {
-  for (long c = 0; c < channels; c++)
-    for (long h = 0; h < height; h++)
-      for (long w = 0; w < width; w++)
-        into[c * RS1 + h * SH * RS2 + w * SW * RS3] = from[h * NEXT_H + w * NEXT_W + c];
-}
-
-static void kernel(void* const* t) {
-  const uint8_t* in = static_cast<const uint8_t*>(t[0]);
-  const uint8_t* weight = static_cast<const uint8_t*>(t[1]);
-  float scale = *static_cast<const float*>(t[2]);
-  float weight_scale = *static_cast<const float*>(t[3]);
-  T* out = static_cast<T*>(t[4]);
-  int8_t* packed = static_cast<int8_t*>(t[5]);
-  int32_t* start = reinterpret_cast<int32_t*>(packed + GROUPS * VECTORS * TAPS * QUADS * 64);
-
-  Phase phases[PHASES];
-  for (long p = 0; p < PHASES; p++) phases[p] = phase_of(p / SW, p % SW);
-  parallel(GROUPS * PANELS, [&](long i) {
-    pack(weight, i / PANELS, i % PANELS, packed, start, phases);
-  });
-
-  constexpr long HEIGHT = (OUT_H + SH - 1) / SH, WIDTH = (OUT_W + SW - 1) / SW;
-  constexpr long STRIPS = (WIDTH + STRIP * TILE_W - 1) / (STRIP * TILE_W);
-  constexpr long BANDS = (HEIGHT + TILE_H - 1) / TILE_H, ALL = GROUPS * PANELS;
-  parallel(B * ALL * PHASES * BANDS * STRIPS, [&](long i) {
-    long w = i % STRIPS * STRIP * TILE_W, h = i / STRIPS % BANDS * TILE_H;
-    long p = i / (STRIPS * BANDS) % PHASES, rest = i / (STRIPS * BANDS * PHASES);
-    // All panels of one image: weights come from a cache, and pixels are written whole.
-    long b = rest / ALL, group = rest % ALL / PANELS, panel = rest % PANELS;
-    const Phase& phase = phases[p];
-    long height = std::min(TILE_H, phase.height - h);
-    long width = std::min(STRIP * TILE_W, phase.width - w);
-    if (height <= 0 || width <= 0) return;
-    Task task{&phase, panel_at(packed, group, panel),
-              start + ((group * PHASES + p) * VECTORS + panel * PANEL) * 16,
-              scale, weight_scale, OUT - panel * PANEL * 16};
-    const uint8_t* from = in + ((b * IN_H + h * STEP_H) * IN_W + w * STEP_W) * IN_C + group * IN;
-    T* into = out + b * RS0 + (group * OUT + panel * PANEL * 16) * RS1
-              + (h * SH + p / SW) * RS2 + (w * SW + p % SW) * RS3;
-    alignas(64) static thread_local T buffer[DIRECT ? 1 : TILE_H * NEXT_H];
-    T* tile = DIRECT ? into : buffer;
-    if (panel < PANELS - 1) rows<PANEL>(task, from, tile, height, width);
-    else rows<LAST>(task, from, tile, height, width);
-    if (DIRECT) return;
-    transpose(buffer, into, std::min(PANEL * 16, task.channels), height, width);
-  });
 }
 """

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen import cpp, int8
+from codegen import cpp, int8, int8_wgrad_amx, int8_wgrad_vnni
 from codegen.gpu.int8 import weight_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
 # Quadruples of pixels in a chunk: a panel, 32 KB, stays in the L1 cache; more where dw is large.
 _QUADS, _QUADS_LARGE, _LARGE_BYTES = 128, 512, 512 * 1024
+# Of small images, tiles contract borders too: beyond so many times the pixels, vectors are faster.
+_MOST_IN_TILES = 3
 # Packed g may take this much of the L2 cache.
 _GRAD_BYTES = 1 << 20
 # The work is cut into about this many pieces, whatever the number of threads.
@@ -131,9 +133,20 @@ def emit_cpp(
     segments, length = (1, kernel[1] * channels) if wide else (kernel[1], channels // groups)
     panels = segments * -(-length // 64)
     dw_bytes = groups * kernel[0] * panels * (out_channels // groups) * 256
-    images, rows, columns = _chunk(out_height, out_width, out_channels // groups, dw_bytes)
+    images, rows, columns, block = _chunk(
+        (out_height, out_width, out_channels // groups),
+        _QUADS if dw_bytes <= _LARGE_BYTES and not int8.in_tiles() else _QUADS_LARGE,
+        (kernel[0] - 1) * dilation[0] // stride[0],
+    )
+    tiled = int8.in_tiles() and 4 * block <= _MOST_IN_TILES * images * rows * columns
+    if not tiled:
+        block = images * rows * -(-columns // 4)
     chunks = -(-batch // images) * -(-out_height // rows) * -(-out_width // columns)
     splits = max(1, min(chunks, _TASKS, (2 << 20) // dw_bytes))
+    parts = min(groups * panels, -(-_TASKS // splits))
+    blocks = -(-(out_channels // groups) // 16)
+    # What several tasks need is packed once; a vector of 64 bytes has 4 pixels of 16 channels.
+    grad_bytes = groups * chunks * blocks * (block + 1) * 64 if parts > 1 else 0
     constants: dict[str, Any] = {
         "B": batch, "CO": out_channels, "CI": channels, "GROUPS": groups,
         "OH": out_height, "OW": out_width, "GHP": grad_height, "GWP": grad_width,
@@ -141,25 +154,38 @@ def emit_cpp(
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
         "DH": dilation[0], "DW": dilation[1], "SEGMENTS": segments, "LENGTH": length,
         "IMAGES": images, "ROWS": rows, "COLUMNS": columns,
-        "SPLITS": splits, "PARTS": min(groups * panels, -(-_TASKS // splits)),
+        "SPLITS": splits, "PARTS": parts, "BLOCK": block,
         "CHANNELS_LAST": channels_last,
     }  # fmt: skip
-    return Source(cpp.source(constants, int8.INTERLEAVE + _BODY), splits * dw_bytes)
+    inner = int8_wgrad_amx.BODY if tiled else int8_wgrad_vnni.BODY
+    text = cpp.source(constants, int8.INTERLEAVE + _HEAD + inner + _REST)
+    return Source(text, splits * dw_bytes + grad_bytes)
 
 
-def _chunk(height: int, width: int, channels: int, dw_bytes: int) -> tuple[int, int, int]:
-    """Return the images, the rows of each and the pixels of each row that are packed together."""
-    quads = _QUADS if dw_bytes <= _LARGE_BYTES else _QUADS_LARGE
+def _chunk(size: tuple[int, int, int], quads: int, border: int) -> tuple[int, int, int, int]:
+    """Return what is packed together: images, rows of each, pixels of each row, and quadruples.
+
+    Args:
+        size: height, width and channels of g.
+        quads: quadruples of pixels that a chunk should have.
+        border: rows of x between one image's rows and the next one's, which steps of 16 quadruples
+            (those that the last number counts) run over.
+    """
+    height, width, channels = size
     quads = max(16, min(quads, _GRAD_BYTES // (16 * -(-channels // 4))))
     row = -(-width // 4)
     if row > quads:
-        return 1, 1, 4 * quads
-    if row * height > quads:
-        return 1, quads // row, width
-    return quads // (row * height), height, width
+        images, rows, columns = 1, 1, 4 * quads
+    elif row * height > quads:
+        images, rows, columns = 1, quads // row, width
+    else:
+        images, rows, columns = quads // (row * height), height, width
+    row = -(-columns // 4)
+    block = ((images - 1) * (rows + border) + rows) * row
+    return images, rows, columns, -(-block // 16) * 16
 
 
-_BODY = r"""
+_HEAD = r"""
 constexpr long CG = CI / GROUPS, OG = CO / GROUPS, BLOCKS = (OG + 15) / 16;
 // Panels of four vectors, and how many vectors the last panel has if it has fewer.
 constexpr long FULL = (LENGTH + 15) / 64, REST = (std::max(0L, LENGTH - FULL * 64) + 15) / 16;
@@ -181,32 +207,23 @@ struct Chunk {
   }
 };
 
-struct Packed {
-  alignas(64) int8_t grad[BLOCKS * CHUNK * 64];              // [block][quad][16][4]
-  alignas(64) uint8_t x[IMAGES * SH * SLOTS * QUADS * 256];  // [image][phase][slot][quad][64][4]
-  alignas(64) int32_t start[BLOCKS * 16];                    // -128 times the sum of g
+// A chunk of g, for blocks of 16 output channels.
+struct Grad {
+  alignas(64) int8_t values[BLOCKS][BLOCK * 64];
+  alignas(64) int32_t start[BLOCKS * 16];  // -128 times the sum of g
 };
 
-static void pack_grad(const uint8_t* grad, const Chunk& chunk, Packed& packed) {
-  for (long o = 0; o < OG; o += 16) {
-    __m512i sum = _mm512_setzero_si512();
-    long at = 0;
-    for (long b = 0; b < chunk.images; b++)
-      for (long h = 0; h < chunk.rows; h++)
-        for (long q = 0; q < chunk.quads; q++, at++) {
-          const uint8_t* rows[4];
-          const uint8_t* first = grad + (((chunk.image + b) * GHP + TOP + chunk.row + h) * GWP
-                                         + LEFT + chunk.column + 4 * q) * CO + o;
-          for (long i = 0; i < 4; i++) rows[i] = 4 * q + i < chunk.columns ? first + i * CO : ZEROS;
-          __m512i values = _mm512_xor_si512(interleave16(rows), _mm512_set1_epi8(char(0x80)));
-          dot4(sum, _mm512_set1_epi8(1), values);
-          _mm512_store_si512(packed.grad + (o / 16 * CHUNK + at) * 64, values);
-        }
-    sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128));
-    _mm512_store_si512(packed.start + o, sum);
-  }
+// Quadruple `q` of row `h` of image `b` of a chunk: four pixels of 16 channels.
+static inline __m512i pixels_of(const uint8_t* grad, const Chunk& chunk, long b, long h, long q) {
+  const uint8_t* rows[4];
+  const uint8_t* first = grad + (((chunk.image + b) * GHP + TOP + chunk.row + h) * GWP + LEFT
+                                 + chunk.column + 4 * q) * CO;
+  for (long i = 0; i < 4; i++) rows[i] = 4 * q + i < chunk.columns ? first + i * CO : ZEROS;
+  return _mm512_xor_si512(interleave16(rows), _mm512_set1_epi8(char(0x80)));
 }
+"""
 
+_REST = r"""
 template <long N>
 static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
   for (long b = 0; b < chunk.images; b++)
@@ -215,7 +232,7 @@ static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
         long h = slot * SH + phase;
         if (h > (chunk.rows - 1) * SH + (KH - 1) * DH) continue;
         const uint8_t* row = x + ((chunk.image + b) * XHP + chunk.row * SH + h) * XWP * CI;
-        uint8_t* to = into + ((b * SH + phase) * SLOTS + slot) * QUADS * 64 * N;
+        uint8_t* to = into + ((phase * IMAGES + b) * SLOTS + slot) * QUADS * 64 * N;
         for (long q = 0; q < chunk.quads; q++, to += 64 * N) {
           const uint8_t* rows[4];
           for (long i = 0; i < 4; i++) {
@@ -233,43 +250,11 @@ static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
       }
 }
 
-// dw of M output channels by 16 * N columns, over one chunk.
-template <long M, long N>
-static inline void multiply(const Packed& packed, const Chunk& chunk, long o, long kh, float* dw,
-                            bool first) {
-  __m512i sum[M][N];
-#pragma GCC unroll 16
-  for (long m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (long n = 0; n < N; n++) sum[m][n] = _mm512_set1_epi32(packed.start[o + m]);
-  // Rows follow each other without a gap: only a chunk of a single row has less than QUADS in it.
-  long quads = chunk.rows * chunk.quads;
-  const int8_t* grad = packed.grad + o / 16 * CHUNK * 64 + o % 16 * 4;
-  for (long b = 0; b < chunk.images; b++) {
-    long slot = (b * SH + kh * DH % SH) * SLOTS + kh * DH / SH;
-    const uint8_t* x = packed.x + slot * QUADS * 64 * N;
-    for (long q = 0; q < quads; q++, x += 64 * N, grad += 64) {
-      __m512i values[N];
-#pragma GCC unroll 4
-      for (long n = 0; n < N; n++) values[n] = _mm512_load_si512(x + 64 * n);
-#pragma GCC unroll 16
-      for (long m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, grad + 4 * m, 4);
-        __m512i pixels = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-        for (long n = 0; n < N; n++) dot4(sum[m][n], values[n], pixels);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (long m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (long n = 0; n < N; n++) {
-      float* at = dw + (o + m) * 64 + 16 * n;
-      __m512 value = _mm512_cvtepi32_ps(sum[m][n]);
-      _mm512_store_ps(at, first ? value : _mm512_add_ps(_mm512_load_ps(at), value));
-    }
+template <long N>
+static void panel(const uint8_t* x, const Chunk& chunk, const Grad& grad, uint8_t* packed,
+                  float* sums, bool first) {
+  pack_input<N>(x, chunk, packed);
+  contract<N>(grad, packed, chunk, sums, first);
 }
 
 // Partial sums: [split][group][panel][kh][OG][64].
@@ -277,27 +262,18 @@ static inline float* partial(float* sums, long split, long which, long kh) {
   return sums + ((split * GROUPS * PANELS + which) * KH + kh) * OG * 64;
 }
 
-// The `LEFT` output channels of a block from `o` on, in tiles of at most 24 registers.
-template <long LEFT, long N>
-static inline void block(const Packed& packed, const Chunk& chunk, long o, long kh, float* dw,
-                         bool first) {
-  constexpr long TILES = (LEFT * N + 23) / 24, M = (LEFT + TILES - 1) / TILES;
-  multiply<M, N>(packed, chunk, o, kh, dw, first);
-  if constexpr (LEFT > M) block<LEFT - M, N>(packed, chunk, o + M, kh, dw, first);
+// Packed g is shared where several tasks contract the same pixels: [group][chunk].
+constexpr bool SHARED = PARTS > 1;
+static inline void pack_grad(const uint8_t* grad, long group, long chunk, long block, Grad& into) {
+  const uint8_t* from = grad + group * OG + block * 16;
+  pack_block(from, Chunk(chunk), into.values[block], into.start + block * 16);
 }
 
-template <long N>
-static void panel(const uint8_t* x, const Chunk& chunk, Packed& packed, float* sums, bool first) {
-  constexpr long LAST = OG - (BLOCKS - 1) * 16;
-  pack_input<N>(x, chunk, packed.x);
-  for (long kh = 0; kh < KH; kh++, sums += OG * 64) {
-    for (long o = 0; o < OG - LAST; o += 16) block<16, N>(packed, chunk, o, kh, sums, first);
-    block<LAST, N>(packed, chunk, OG - LAST, kh, sums, first);
-  }
-}
-
-static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long task) {
-  static thread_local Packed packed;
+static void accumulate(const uint8_t* grad, const uint8_t* x, const Grad* shared, float* sums,
+                       long task) {
+  // [phase][image][slot][quad][64][4]; a product may read beyond, where g is 0.
+  alignas(64) static thread_local uint8_t packed[(SH * IMAGES * SLOTS * QUADS + 16) * 256];
+  alignas(64) static thread_local uint8_t own[SHARED ? 64 : sizeof(Grad)];
   long split = task / PARTS, part = task % PARTS, all = GROUPS * PANELS;
   long begin = part * all / PARTS, end = (part + 1) * all / PARTS;
   long from = split * CHUNKS / SPLITS, to = (split + 1) * CHUNKS / SPLITS;
@@ -305,11 +281,14 @@ static void accumulate(const uint8_t* grad, const uint8_t* x, float* sums, long 
     Chunk chunk(i);
     for (long which = begin; which < end; which++) {
       long group = which / PANELS, segment = which % PANELS / EACH, block = which % EACH;
-      if (which == begin || which % PANELS == 0) pack_grad(grad + group * OG, chunk, packed);
+      Grad& mine = *reinterpret_cast<Grad*>(own);
+      if (!SHARED && (which == begin || which % PANELS == 0))
+        for (long o = 0; o < BLOCKS; o++) pack_grad(grad, group, i, o, mine);
+      const Grad& g = SHARED ? shared[group * CHUNKS + i] : mine;
       const uint8_t* columns = x + segment * DW * CI + group * CG + block * 64;
       float* into = partial(sums, split, which, 0);
-      if (block < FULL) panel<4>(columns, chunk, packed, into, i == from);
-      else if constexpr (REST > 0) panel<REST>(columns, chunk, packed, into, i == from);
+      if (block < FULL) panel<4>(columns, chunk, g, packed, into, i == from);
+      else if constexpr (REST > 0) panel<REST>(columns, chunk, g, packed, into, i == from);
     }
   }
 }
@@ -338,7 +317,13 @@ static void kernel(void* const* t) {
   float input_scale = *static_cast<const float*>(t[3]);
   float* out = static_cast<float*>(t[4]);
   float* sums = static_cast<float*>(t[5]);
-  parallel(SPLITS * PARTS, [&](long task) { accumulate(grad, x, sums, task); });
+  Grad* shared = reinterpret_cast<Grad*>(sums + SPLITS * GROUPS * PANELS * KH * OG * 64);
+  if constexpr (SHARED)
+    parallel(GROUPS * CHUNKS * BLOCKS, [&](long i) {
+      long group = i / (CHUNKS * BLOCKS), chunk = i / BLOCKS % CHUNKS;
+      pack_grad(grad, group, chunk, i % BLOCKS, shared[group * CHUNKS + chunk]);
+    });
+  parallel(SPLITS * PARTS, [&](long task) { accumulate(grad, x, shared, sums, task); });
 
   parallel(CO, [&](long o) {
     static thread_local float row[KH * KW * CG];

@@ -5,18 +5,20 @@ Runs over the registry: a new file in `codegen/kernels/` is tested without an ed
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from codegen import build
-from codegen.kernel import Kernel, Sample, kernels, register
+from codegen import build, int8
+from codegen.kernel import Kernel, Sample, Source, _Runner, kernels, register
 
 # Roundings of one operand and of the result; the sum itself counts `length`.
 ROUNDINGS = 4
 THREADS = (1, 2, 3, 8)
+_TILED = ("int8_forward", "int8_dgrad", "int8_wgrad")
 
 CASES = [
     pytest.param(kernel, sample, id=f"{kernel.name}-{number}")
@@ -24,6 +26,9 @@ CASES = [
     for number, sample in enumerate(kernel.samples())
 ]
 by_sample = pytest.mark.parametrize(("kernel", "sample"), CASES)
+
+# What AMX has another way for.
+IN_TILES = [case for case in CASES if case.id.rpartition("-")[0] in _TILED]
 
 needs_compiler = pytest.mark.skipif(
     isinstance(build.toolchain(), str), reason="this machine has no C++ compiler"
@@ -95,6 +100,45 @@ def test_results_equal_the_reference_on_any_number_of_threads(
         _check(kernel, sample, args, results)
     _assert_same(_results(kernel.op(*args)), _results(results))
     _assert_same(args, before)
+
+
+@needs_compiler
+@pytest.mark.skipif(not int8.in_tiles(), reason="this processor has no AMX: there is one way")
+@pytest.mark.parametrize(("kernel", "sample"), IN_TILES)
+def test_without_amx_a_kernel_computes_the_same(
+    kernel: Kernel, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are multiplied exactly, in whatever registers."""
+    args = sample.args()
+    expected = kernel.op(*args)
+    tools = build.toolchain()
+    assert isinstance(tools, build.Toolchain)
+    plain = dataclasses.replace(tools, amx=False)
+    monkeypatch.setattr(build, "toolchain", lambda: plain)
+    results = _Runner(kernel)(*args)
+    _check(kernel, sample, args, results)
+    if kernel.name != "int8_wgrad":  # sums over chunks of pixels are rounded
+        _assert_same(_results(results), _results(expected))
+
+
+@needs_compiler
+@pytest.mark.skipif(int8.in_tiles(), reason="tested by running it")
+@pytest.mark.parametrize("name", sorted({case.values[0].name for case in IN_TILES}))
+def test_with_amx_a_kernel_compiles(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose processor cannot run it, too."""
+    tools = build.toolchain()
+    assert isinstance(tools, build.Toolchain)
+    flags = (*tools.flags, "-mamx-tile", "-mamx-int8")
+    tiled = dataclasses.replace(tools, amx=True, flags=flags, identity=tools.identity + "amx")
+    monkeypatch.setattr(build, "toolchain", lambda: tiled)
+    kernel = kernels()[name]
+    source = kernel.emit_cpp(*kernel.samples()[0].args())
+    assert isinstance(source, Source)
+    assert "_tile_loadd" in source.text
+    build._compile(source.text, tmp_path / "kernel.so", tiled)
+    assert (tmp_path / "kernel.so").exists()
 
 
 def _assert_same(values: tuple[Any, ...], others: tuple[Any, ...]) -> None:
