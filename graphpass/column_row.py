@@ -42,13 +42,15 @@ from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.pairs import (
     ChannelPairs,
     MatrixPairs,
+    Outer,
     OuterChannels,
+    OuterFeatures,
     Pairs,
     PixelPairs,
     SamplePairs,
     forward_of,
 )
-from graphpass.site import Gradient, Site
+from graphpass.site import FACTORS, Gradient, Site
 
 AXES = ("terms", "samples", "channels")
 
@@ -64,8 +66,10 @@ class Sampling:
         axis: what is sampled. "terms": what the product sums over (input channels forward, output
             channels for the input gradient, output pixels for the weight gradient; of a matrix
             product, columns and rows). "samples": whole samples of the batch, of gradients.
-            "channels": of a convolution's gradients, the input channels that its forward product
-            takes with the same parameters; others get no gradient.
+            "channels": of gradients, the input channels of a convolution or features of a linear
+            layer that its forward product takes with the same parameters; others get no gradient.
+        again: with "channels", the share of the gradient's own terms that is taken, of those with
+            the sampled channels: the largest, without weights (paper, section 5).
         least: terms taken at least, whatever `keep` says (paper, section 5); products that have no
             more stay exact.
         narrow: whether sampled pixels may be rounded to bfloat16 in float32 training.
@@ -75,6 +79,7 @@ class Sampling:
     sampling: str = "norm"
     replacement: bool = False
     axis: str = "terms"
+    again: float = 1.0
     least: int = 10
     narrow: bool = True
 
@@ -88,9 +93,9 @@ class Sampling:
         Raises:
             ConfigError: if a value is out of range.
         """
-        is_number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
         checks = {
-            "keep": (is_number and 0 < self.keep <= 1, "a number in (0, 1]"),
+            "keep": (_is_share(self.keep), "a number in (0, 1]"),
+            "again": (_is_share(self.again), "a number in (0, 1]"),
             "sampling": (self.sampling in self.legal, " or ".join(map(repr, self.legal))),
             "replacement": (isinstance(self.replacement, bool), "True or False"),
             "axis": (self.axis in AXES, " or ".join(map(repr, AXES))),
@@ -105,6 +110,15 @@ class Sampling:
             raise ConfigError(
                 f"method {self.method!r}: the largest terms are taken once; give replacement=False"
             )
+        if self.again < 1 and (self.scaled or self.axis != "channels"):
+            raise ConfigError(
+                f"method {self.method!r}: again={self.again!r}; only the channels of "
+                "'crs_unscaled' are sampled again: give again=1.0"
+            )
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def draw(site: Site, params: Any, template: Tensor, seed: Tensor, salt: int) -> Tensor | None:
@@ -129,7 +143,14 @@ def reference(
     masses = pairs.masses()
     index, weight = choose(params, masses, draws, taken(masses.shape[1], params))
     factors = torch.ones_like(index, dtype=masses.dtype) if weight is None else weight
-    return pairs.weighted(torch.zeros_like(masses).scatter_add(1, index, factors))
+    weights = torch.zeros_like(masses).scatter_add(1, index, factors)
+    if params.again == 1:
+        return pairs.weighted(weights)
+    assert isinstance(pairs, Outer)
+    inner = pairs.masked(weights)
+    masses = inner.masses()
+    index = _largest(masses, _count(masses.shape[1], params.again, params.least))
+    return inner.weighted(torch.zeros_like(masses).scatter(1, index, 1.0))
 
 
 def lower(
@@ -141,7 +162,16 @@ def lower(
     segments, terms = masses.shape
     draws = _draw(params, seed, _salt(site, params, salt), segments, terms, masses.device)
     index, weight = choose(params, masses, draws, taken(terms, params))
-    return pairs.sampled(index, weight, params.narrow).view(template.shape).to(template.dtype)
+    if params.again == 1:
+        result = pairs.sampled(index, weight, params.narrow)
+    else:
+        assert isinstance(pairs, Outer)
+        inner = pairs.terms(index)
+        masses = inner.masses()
+        again = _largest(masses, _count(masses.shape[1], params.again, params.least))
+        part = inner.sampled(again, None, params.narrow)
+        result = pairs.put(index, part.view(inner.template.shape))
+    return result.view(template.shape).to(template.dtype)
 
 
 def noise(site: Site, params: Any, *operands: Tensor) -> Tensor:
@@ -177,6 +207,9 @@ def cost(site: Site, params: Any) -> tuple[KernelCost, ...]:
     segments, terms = extent(site, params.axis)
     count = taken(terms, params)
     exact, share = site.cost, sympy.sympify(count) / terms
+    if params.again < 1:
+        own = extent(site, "terms")[1]
+        share = share * _count(own, params.again, params.least) / own
     shapes = _shapes(site, params)
     kernels = []
     if params.sampling != "uniform":
@@ -206,8 +239,10 @@ def reject(site: Site, params: Any) -> Rejected | None:
         return Rejected(Reason.UNSUPPORTED_SHAPE, f"no form for {site.op}")
     if params.axis == "samples" and (forward or site.op in {"bmm", "baddbmm"}):
         return Rejected(Reason.UNSUPPORTED_SHAPE, f"no samples to leave out of {site.id}")
-    if params.axis == "channels" and (site.conv is None or forward or site.conv.groups > 1):
-        return Rejected(Reason.UNSUPPORTED_SHAPE, "no gradient of one convolution")
+    if params.axis == "channels":
+        whole = site.conv.groups == 1 if site.conv is not None else site.outer is not None
+        if forward or not whole:
+            return Rejected(Reason.UNSUPPORTED_SHAPE, "no gradient of one convolution or layer")
     needs_plain = params.axis == "channels" or (weight and params.axis == "terms")
     if site.conv is not None and site.conv.transposed and needs_plain:
         return Rejected(Reason.UNSUPPORTED_SHAPE, "transposed convolution")
@@ -223,7 +258,7 @@ def reject(site: Site, params: Any) -> Rejected | None:
 def operands(site: Site, params: Any) -> tuple[str, ...]:
     """Return the names of the operands."""
     if site.conv is None:
-        return ("left", "right")
+        return ("left", "right", *(FACTORS if params.axis == "channels" else ()))
     if params.axis == "channels":
         return ("grad", "input", "weight")
     return {
@@ -236,7 +271,7 @@ def operands(site: Site, params: Any) -> tuple[str, ...]:
 def pairs_of(site: Site, params: Any, template: Tensor, given: tuple[Tensor, ...]) -> Pairs:
     """Return the terms of a site along the axis that is sampled."""
     if params.axis == "channels":
-        return OuterChannels(site, template, given)
+        return (OuterFeatures if site.conv is None else OuterChannels)(site, template, given)
     if params.axis == "samples" and (site.conv is not None or site.gradient is Gradient.INPUT):
         return SamplePairs(site, template, given)
     if site.conv is None:
@@ -249,6 +284,8 @@ def extent(site: Site, axis: str) -> tuple[Dim, Dim]:
     """Return the number of independent products, and of terms of each."""
     if site.conv is None:
         left = site.shapes[0]
+        if axis == "channels" and site.outer is not None:
+            return 1, site.output[site.outer]
         if axis == "samples" and site.gradient is Gradient.INPUT:
             return 1, left[0]
         return element_count(left[:-2]), left[-1]
@@ -265,13 +302,17 @@ def extent(site: Site, axis: str) -> tuple[Dim, Dim]:
 
 def taken(terms: Any, params: Any) -> Any:
     """Return how many of the terms are taken; `terms` may be symbolic, in graphs or formulas."""
-    keep = Fraction(str(params.keep))
+    return _count(terms, params.keep, params.least)
+
+
+def _count(terms: Any, share: float, least: int) -> Any:
+    keep = Fraction(str(share))
     count = -((-terms * keep.numerator) // keep.denominator)
     if isinstance(terms, torch.SymInt):
-        return torch.sym_min(torch.sym_max(count, params.least), terms)
+        return torch.sym_min(torch.sym_max(count, least), terms)
     if isinstance(terms, int):
-        return min(max(count, params.least), terms)
-    return sympy.Min(sympy.Max(count, params.least), terms)
+        return min(max(count, least), terms)
+    return sympy.Min(sympy.Max(count, least), terms)
 
 
 def choose(
@@ -290,7 +331,7 @@ def choose(
     """
     terms = masses.shape[1]
     if draws is None:
-        return _ascending(masses.topk(count, dim=1).indices), None
+        return _largest(masses, count), None
     draws = draws.to(masses.dtype)
     if params.sampling == "uniform":
         masses = torch.ones_like(masses)
@@ -316,6 +357,10 @@ def choose(
     return index, torch.where(masses.gather(1, index) == 0, 0.0, weight)
 
 
+def _largest(masses: Tensor, count: int) -> Tensor:
+    return _ascending(masses.topk(count, dim=1).indices)
+
+
 def _ascending(index: Tensor) -> Tensor:
     # Memory is read in order, and all terms are summed in the order of the exact product.
     return index.sort(1).values
@@ -339,7 +384,11 @@ def _salt(site: Site, params: Any, salt: int) -> int:
 
 def _shapes(site: Site, params: Any) -> tuple[Shape, ...]:
     """Return the shapes of the operands that are sampled."""
-    if site.conv is None:
+    if site.conv is None and params.axis == "channels" and site.outer is not None:
+        # The factor that it shares with the forward product, and the other one, which has the
+        # shape of the result.
+        shapes: tuple[Shape, ...] = (site.shapes[site.outer], site.output)
+    elif site.conv is None:
         shapes = site.shapes
     else:
         x, w, y = site.shapes

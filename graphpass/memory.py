@@ -89,11 +89,13 @@ def _site_from(record: dict[str, Any]) -> Site:
     output = tuple(map(_dim_from, record.pop("output")))
     gradient = Gradient(record.pop("gradient"))
     reason = record.pop("reason")
+    factors = tuple(record.pop("factors"))
     return Site(
         **record,
         shapes=shapes,
         output=output,
         gradient=gradient,
         conv=geometry,
+        factors=factors,
         reason=None if reason is None else Reason(reason),
     )

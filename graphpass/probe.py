@@ -25,7 +25,7 @@ from graphpass import fingerprint, joint_graph, verify
 from graphpass.capture import UserPasses
 from graphpass.errors import RewriteError
 from graphpass.method import no_draw, salt_of
-from graphpass.products import Replacement, operands_of, result_sizes
+from graphpass.products import Replacement, named_operands, operands_of, result_sizes
 from graphpass.shadow import Shadow, distance
 from graphpass.sheet import Subject
 from graphpass.site import Gradient, Site
@@ -127,7 +127,7 @@ def _compare(graph: Graph, candidate: Replacement, node: Node, seed: Node) -> No
     exact = _result(node, site)
     operands, _ = operands_of(node)
     sizes = result_sizes(graph, node, site, operands)
-    named = [operands[name] for name in method.operands(site, params)]
+    named = named_operands(graph, candidate, operands)
     by_formula = _has_cheap_formula(candidate, named)
     value = joint_graph.value_of(exact)
     dtype, device, rank, salt = value.dtype, value.device, len(sizes), salt_of(site)

@@ -12,7 +12,7 @@ from graphpass import joint_graph
 from graphpass.errors import RewriteError
 from graphpass.joint_graph import aten
 from graphpass.method import Method, salt_of
-from graphpass.site import Gradient, Site
+from graphpass.site import FACTORS, Gradient, Site
 from graphpass.splice import size_nodes, splice
 
 # By the names that methods have for them.
@@ -115,13 +115,34 @@ def approximate(
         assert addend is not None
         return addend.add(lowered(seed, *args), extra)
 
-    names = method.operands(site, params)
-    args = (*sizes, *(operands[name] for name in names))
+    args = (*sizes, *named_operands(graph, replacement, operands))
     layout = _layout(value)
     if addend is not None:
         inputs = (seed, addend.node, *args)
         return splice(graph, anchor, _laid_out(completed, layout), inputs, like)
     return splice(graph, anchor, _laid_out(lowered, layout), (seed, *args), like)
+
+
+def named_operands(graph: Graph, replacement: Replacement, operands: Operands) -> list[Any]:
+    """Return the operands that a method asks for.
+
+    Args:
+        graph: a joint graph.
+        replacement: the method, and the site.
+        operands: those of the product itself; `FACTORS` are looked up by their names.
+
+    Raises:
+        RewriteError: if the graph has no node of such a name.
+    """
+    site, found = replacement.site, dict(operands)
+    names = replacement.method.operands(site, replacement.params)
+    if not set(names) <= set(found):
+        # Nodes keep their names where what computes them is replaced.
+        nodes = {node.name: node for node in graph.nodes if node.name in site.factors}
+        if set(nodes) != set(site.factors):
+            raise RewriteError(f"the graph lacks a factor of the forward product of {site.id}")
+        found |= {name: nodes[of] for name, of in zip(FACTORS, site.factors, strict=True)}
+    return [found[name] for name in names]
 
 
 def result_sizes(graph: Graph, anchor: Node, site: Site, operands: Operands) -> list[Node | int]:

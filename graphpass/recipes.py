@@ -79,7 +79,7 @@ RECIPES = MappingProxyType(
             ),
             Recipe(
                 "crs-topk",
-                f"{_CRS}, sections 3 and 4: sampled forward; convolutions backward as well",
+                f"{_CRS}, sections 3 and 4: sampled forward; gradients are those of that product",
                 (
                     *_products("crs_unscaled", "forward", keep="$keep"),
                     *_products("crs_unscaled", "input", "weight", keep="$keep", axis="channels"),
@@ -88,10 +88,13 @@ RECIPES = MappingProxyType(
             ),
             Recipe(
                 "crs-backward",
-                f"{_CRS}, section 5: each product sampled by itself, the backward ones more",
+                f"{_CRS}, section 5: gradients of the sampled product, which are sampled again",
                 (
                     *_products("crs_unscaled", "forward", keep="$keep"),
-                    *_products("crs_unscaled", "input", "weight", keep="$backward"),
+                    *_products(
+                        "crs_unscaled", "input", "weight",
+                        keep="$keep", axis="channels", again="$backward",
+                    ),
                 ),
                 {"keep": 0.4, "backward": 0.2},
             ),

@@ -33,6 +33,9 @@ from graphpass.joint_graph import aten
 # Where a product belongs to no module of the model.
 _MODEL = "(model)"
 
+# What methods call the factors of a forward product, among the operands of its gradients.
+FACTORS = ("forward_left", "forward_right")
+
 
 class Gradient(StrEnum):
     """Which product of a layer a site is."""
@@ -74,6 +77,9 @@ class Site:
         conv: geometry of a convolution.
         reason: why no method can apply, where that is known from the graph alone.
         number: tells apart the gradients of both factors, where neither is a weight; from 1.
+        factors: names of the nodes that the forward product of a layer multiplies; () if it is not
+            known, and for what is no gradient of a matrix product.
+        outer: axis of such a gradient along which it has what the forward product sums over.
     """
 
     name: str
@@ -90,6 +96,8 @@ class Site:
     conv: ConvGeometry | None = None
     reason: Reason | None = None
     number: int = 1
+    factors: tuple[str, ...] = ()
+    outer: int | None = None
 
     @property
     def id(self) -> str:
@@ -171,6 +179,19 @@ class _Finder:
             reason = Reason.FUSED
         return [self._site(node, op, gradient, None, reason)]
 
+    def _forward_factors(self, node: Node, op: str) -> tuple[tuple[str, ...], int | None]:
+        """Name the factors of a gradient's forward product, and the axis that comes from them."""
+        forward = self.forward.get(node.meta.get("seq_nr", -2))
+        if forward is None or op not in {"mm", "addmm"} or not joint_graph.is_backward(node):
+            return (), None
+        known = {joint_graph.source_of(factor) for factor in _factors(forward)}
+        # One factor is the gradient of the output; the axis of the other one that is not contracted
+        # here is the one that was contracted there.
+        shared = [joint_graph.source_of(factor) in known for factor in _factors(node)]
+        if sum(shared) != 1:
+            return (), None
+        return tuple(factor.name for factor in _factors(forward)), shared.index(True)
+
     def _gradient(self, node: Node) -> tuple[Gradient, Reason | None]:
         """Say which gradient a matrix product is: the one with respect to the missing factor."""
         if not joint_graph.is_backward(node):
@@ -200,6 +221,7 @@ class _Finder:
         path = self.prefix(joint_graph.module_path(forward) or joint_graph.module_path(node))
         value = joint_graph.value_of(_factors(node)[0])
         shapes, output, conv = _shapes(node, op, result)
+        factors, outer = self._forward_factors(node, op)
         return Site(
             name=self.names.get(forward.name, path or _MODEL),
             path=path,
@@ -214,6 +236,8 @@ class _Finder:
             itemsize=value.dtype.itemsize,
             conv=conv,
             reason=reason if value.dtype.is_floating_point else Reason.UNSUPPORTED_DTYPE,
+            factors=factors,
+            outer=outer,
         )
 
 

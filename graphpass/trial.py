@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cost_model import Shape
 from graphpass.method import Method, salt_of
-from graphpass.site import Gradient, Site
+from graphpass.site import FACTORS, Gradient, Site
 
 aten = torch.ops.aten
 Run = Callable[[], object]
@@ -69,7 +69,15 @@ def operands(site: Site) -> dict[str, Tensor]:
         left = left.mT.contiguous().mT
     elif site.gradient is Gradient.FORWARD:
         right = right.mT.contiguous().mT
-    return {"left": left, "right": right}
+    made = {"left": left, "right": right}
+    if site.outer is not None:
+        contracted, inner = site.shapes[0][1], site.output[site.outer]
+        rows, columns = site.output[1 - site.outer], contracted
+        if site.gradient is Gradient.WEIGHT:
+            rows, columns = columns, rows
+        factors = _random((rows, inner)), _random((columns, inner)).mT
+        made |= {name: of.to(dtype) for name, of in zip(FACTORS, factors, strict=True)}
+    return made
 
 
 def exact(site: Site, given: Mapping[str, Tensor]) -> Run:
@@ -82,7 +90,7 @@ def exact(site: Site, given: Mapping[str, Tensor]) -> Run:
     if site.op == "attention":
         return _attention(site, *given.values())
     if site.conv is None:
-        left, right = given.values()
+        left, right = given["left"], given["right"]
         return lambda: torch.matmul(left, right)
     conv, grad, x, weight = site.conv, given["grad"], given["input"], given["weight"]
     geometry = (

@@ -77,6 +77,7 @@ def samples() -> tuple[Sample, ...]:
             Params(axis="samples", sampling="uniform", replacement=True, keep=0.9),
         ),
         Sample((2, 44, 5, 5), lambda: nn.Conv2d(44, 4, 3), input_, Params(0.95, axis="channels")),
+        Sample((9, 48), lambda: nn.Linear(48, 6), input_, Params(0.75, axis="channels")),
         Sample(
             (3, 44, 5),
             lambda: nn.ConvTranspose1d(44, 4, 3, 2, bias=False),

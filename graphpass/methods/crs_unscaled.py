@@ -41,6 +41,14 @@ def samples() -> tuple[Sample, ...]:
         Sample((9, 4), lambda: nn.Linear(4, 64), input_, Params(0.75, "norm")),
         Sample((5, 3, 6, 7), lambda: nn.Conv2d(3, 4, 3), weight, Params(0.5, narrow=False)),
         Sample((3, 44, 5, 6), lambda: nn.Conv2d(44, 4, 3), forward, Params(0.95, "uniform", True)),
+        Sample((9, 44), lambda: nn.Linear(44, 6), weight, Params(axis="channels")),
+        Sample((9, 44), lambda: nn.Linear(44, 36), input_, Params(axis="channels", again=0.4)),
+        Sample(
+            (2, 44, 5, 6),
+            lambda: nn.Conv2d(44, 4, 3),
+            weight,
+            Params(axis="channels", again=0.5, narrow=False),
+        ),
         Sample((9, 10), lambda: nn.Linear(10, 6), forward, Params(), rejected=True),
     )
 

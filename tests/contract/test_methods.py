@@ -245,7 +245,7 @@ def _operands(site: Site, grad: Tensor, x: Tensor, weight: Tensor) -> dict[str, 
         Gradient.INPUT: (grad, weight),
     }[site.gradient]
     assert (left.shape, right.shape) == site.shapes, site.id
-    return {"left": left, "right": right}
+    return {"left": left, "right": right, "forward_left": x, "forward_right": weight.T}
 
 
 def _products(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,29 @@ def test_sampled_channels_are_those_of_the_forward_product() -> None:
     assert all(found[:, i].any() for i in range(24) if i not in rest.tolist())
 
 
+def test_gradients_of_a_linear_layer_are_those_of_its_sampled_forward_product() -> None:
+    torch.manual_seed(0)
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(9, 48), nn.ReLU(), nn.Linear(48, 32), nn.Tanh()).double()
+    x = torch.randn(7, 9, dtype=torch.float64)
+    with interpreted():
+        options = {**graphpass.recipe("crs-topk"), "strict": True}
+        compiled = torch.compile(model, backend="approx", options=options)
+        compiled(x).square().sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    hidden, second = model[1](model[0](x)), model[2]
+    assert isinstance(second, nn.Linear)
+    with torch.no_grad():
+        taken = (hidden.norm(dim=0) * second.weight.norm(dim=0)).topk(24).indices
+    out = hidden[:, taken] @ second.weight[:, taken].T + second.bias
+    out.tanh().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    rows = {(row.where, row.gradient) for row in graphpass.reports()[-1].approximated}
+    assert rows == {("2", "forward"), ("2", "weight"), ("2", "input")}
+
+
 def test_erk_gives_larger_layers_fewer_weights() -> None:
     model = net()
     options = graphpass.recipe("swat-erk", model, sparsity=0.8)
