@@ -10,7 +10,9 @@ from torch import Tensor
 
 from codegen.gpu import source as gpu
 
-_PIXELS = 64
+# What a program has at a time, in bytes: of a pixel's channels, and of a channel's pixels. Twice as
+# many of either are more than registers hold, on every target.
+_CHANNEL_BYTES, _PIXEL_BYTES = 256, 128
 
 
 def program(
@@ -29,14 +31,15 @@ def program(
         return reason
     batch, channels, height, width = grad.shape
     pixels, taps = batch * height * width, math.prod(kernel)
-    steps = gpu.ceil_div(gpu.ceil_div(pixels, _PIXELS), 4 * gpu.MULTIPROCESSORS)
-    programs = gpu.ceil_div(pixels, _PIXELS * steps)
-    across = gpu.power(channels, 16, 128)
+    run = _PIXEL_BYTES // grad.itemsize
+    steps = gpu.ceil_div(gpu.ceil_div(pixels, run), 4 * gpu.MULTIPROCESSORS)
+    programs = gpu.ceil_div(pixels, run * steps)
+    across = gpu.power(channels, 16, _CHANNEL_BYTES // grad.itemsize)
     constants = {
         "CO": channels, "OH": height, "OW": width, "IH": size[0], "IW": size[1],
         "KW": kernel[1], "SH": stride[0], "SW": stride[1], "PH": padding[0], "PW": padding[1],
         "DH": dilation[0], "DW": dilation[1], "TAPS": taps, "TAP_ROWS": gpu.power(taps, 16),
-        "NORMS": pixels // block, "RUN": block, "PIXELS": pixels, "P": _PIXELS, "STEPS": steps,
+        "NORMS": pixels // block, "RUN": block, "PIXELS": pixels, "P": run, "STEPS": steps,
         "PROGRAMS": programs, "ACROSS": across, "PARTS": gpu.ceil_div(channels, across),
         # Programs whose sums are added up at a time.
         "ADDED": gpu.power(programs, 1, 32),

@@ -124,7 +124,8 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         **{f"XS{axis}": step for axis, step in enumerate(problem.x_strides)},
         **gpu.strides("RS", problem.result),
     }  # fmt: skip
-    warps = 8 if tile["BM"] * tile["BN"] >= 128 * 128 else 4
+    # Bytes that are turned around take registers too: with 4 warps, too many from 128 by 64 on.
+    warps = 8 if tile["BM"] * tile["BN"] >= (128 * 64 if byte else 128 * 128) else 4
     grid = f"({tiles}, {splits}, {problem.groups})"
     operands, finish = (
         "".join(f", {name}" for name in names) for names in (form.operands, form.finish)
