@@ -11,6 +11,7 @@ from codegen import notes
 from graphpass import backend
 from graphpass.callers import first_parameter, parameter_names
 from graphpass.capture import Analysis
+from graphpass.dispatcher import Choice, Dispatcher
 from graphpass.measuring import Names
 from graphpass.method import get_method
 from graphpass.owner import find_owner
@@ -18,7 +19,7 @@ from graphpass.products import Replacement
 from graphpass.sheet import Probe, Reading, Subject
 from graphpass.site import Gradient
 from graphpass.steering import names_of
-from graphpass.variants import EXACT, Active, Choice, Dispatcher, Variants
+from graphpass.variants import EXACT, Active, Variants
 
 Specs = Sequence[Mapping[str, Any]]
 
@@ -57,8 +58,9 @@ class Laboratory:
         self.variants.subject = Subject(weights, positions)
         self.parameters = {position: inputs[position] for position in positions}
         self._names = parameter_names(owner.the_model(), inputs, positions)
+        device = inputs[first].device
         return Dispatcher(
-            self.variants, self._choose, lambda: None, inputs[first].device, 99, False, True
+            self.variants, self._choose, lambda: None, lambda *_: None, device, 99, False, True
         )
 
     def numbers(self, specs: Specs, paths: Sequence[str]) -> Active:

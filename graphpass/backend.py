@@ -13,10 +13,11 @@ from torch.fx import GraphModule
 from graphpass import capture, fingerprint, memory
 from graphpass.callers import Caller, Callers, first_parameter
 from graphpass.capture import Analysis
+from graphpass.dispatcher import Dispatcher
 from graphpass.errors import ConfigError
 from graphpass.options import Options
 from graphpass.owner import Owner, find_owner
-from graphpass.variants import EXACT, Active, Dispatcher, Variants, copy_of, warn_once
+from graphpass.variants import EXACT, Active, Variants, copy_of, warn_once
 
 
 class _VisibleConfigError(ConfigError, ShortenTraceback):
@@ -135,6 +136,7 @@ def _compile_training(
         variants,
         callers.choose,
         callers.remember,
+        callers.failed,
         device=inputs[first].device if first is not None else torch.device("cpu"),
         limit=options.max_variants,
         frozen=bool(analysis.hints) or any(isinstance(x, torch.SymInt) for x in inputs),
@@ -142,7 +144,7 @@ def _compile_training(
     )
     try:
         for active in _needed_at_once(callers.first, options, dispatcher.frozen):
-            variants.compile(active, inputs, dispatcher.seed_tensor(0))
+            dispatcher.compile(active, inputs)
     except Exception as error:
         if analysis.remembered:
             # It may describe a graph that Inductor's settings have changed since: look again.

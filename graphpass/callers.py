@@ -3,28 +3,34 @@
 Dynamo shares what it compiles: two models of one class run the same graph, and so do the blocks of
 one model where it was traced block by block. They are told apart by the parameters that they pass;
 each has its own session, its own place among the layers, and its own plan.
+
+Training goes on where something of ours fails on the way: in planning for a newcomer (it runs
+exactly), in what steers a plan, or in compiling what a plan asks for.
 """
 
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from graphpass.capture import Analysis
 from graphpass.controller import Controller, Subplan
+from graphpass.dispatcher import Choice
 from graphpass.options import Options
 from graphpass.owner import Owner, compiled_model, parameter_path
 from graphpass.plan import Plan
 from graphpass.planner import all_exact, make_plan, replacements
 from graphpass.recompute import Recomputation
 from graphpass.report import TrainingGraph, forget, record
+from graphpass.rescue import rescued
 from graphpass.session import Session, session_of
-from graphpass.sheet import Subject
+from graphpass.sheet import Probe, Subject
 from graphpass.site import Gradient
 from graphpass.steering import Part, controller_of, why_not
-from graphpass.variants import EXACT, Active, Choice, Variants
+from graphpass.variants import EXACT, Active, Key, Variants, warn_once
 
 
 @dataclass(slots=True)
@@ -37,6 +43,8 @@ class Caller:
         session: the model's session.
         plan: what is planned for this part.
         layers: number of the layer of each planned site, by its position among the replacements.
+        analysis: what the graph holds, by the names of this part.
+        graph: what reports say of this part; None where they say it of another model.
         controller: what keeps the plan within its budget; None where the plan stays as it is.
     """
 
@@ -45,6 +53,8 @@ class Caller:
     session: Session
     plan: Plan
     layers: dict[int, int]
+    analysis: Analysis
+    graph: TrainingGraph | None = None
     controller: Controller | None = None
 
     def training(self) -> bool:
@@ -115,6 +125,25 @@ class Callers:
             graph.plan = all_exact(graph.plan, reason)
         self.first.session.add_plan(self.first.identity, all_exact(self.first.plan, reason))
 
+    def failed(self, key: Key, why: str) -> None:
+        """Leave the plans as they are that a variant was compiled for; exact, if all of one.
+
+        Args:
+            key: what could not be compiled.
+            why: what is said of it.
+        """
+        known = [caller for _, caller in self._known.values()]
+        for caller in known or [self.first]:
+            whole = frozenset(caller.layers)
+            if not isinstance(key, Probe) and not key <= whole:
+                continue
+            if key == whole:
+                self._adopt(caller, all_exact(caller.plan, why))
+            if caller.controller is not None:
+                caller.controller.halt(why)
+            else:
+                _halted(caller, why)
+
     def withdraw(self) -> None:
         """Take the reports back: the graph is compiled in another way."""
         for graph in self._graphs:
@@ -156,7 +185,20 @@ class Callers:
         if model is None or not path or not base.parameter:
             return self.first
         owner = replace(base, model=weakref.ref(model), parameter=path)
-        return self._plan_for(owner, _moved(self._analysis, base.parameter, path), args)
+        analysis = _moved(self._analysis, base.parameter, path)
+        return rescued(
+            lambda: self._plan_for(owner, analysis, args),
+            lambda failure: self._unplanned(owner, analysis, failure),
+            self._options.strict,
+        )
+
+    def _unplanned(self, owner: Owner, analysis: Analysis, failure: str) -> Caller:
+        """Return a caller that runs exactly, as no plan could be made for it."""
+        why = f"no plan could be made for a model that shares a graph; it runs exactly: {failure}"
+        warn_once(why)
+        session, identity = session_of(owner.the_model()), owner.identity(analysis.sites)
+        session.add_unmeasured(identity, why)
+        return Caller(owner, identity, session, Plan(()), {}, analysis)
 
     def _plan_for(self, owner: Owner, analysis: Analysis, inputs: Sequence[Any]) -> Caller:
         session = session_of(owner.the_model())
@@ -165,15 +207,14 @@ class Callers:
         modules = owner.product_modules()
         options = replace(self._options, budget=session.budget(self._options.budget))
         plan = make_plan(analysis, options, offset, modules)
+        caller = Caller(owner, identity, session, plan, self._layers(plan, analysis), analysis)
         session.add_plan(identity, plan)
-        caller = Caller(owner, identity, session, plan, self._layers(plan, analysis))
-        own, graph = analysis is self._analysis, None
+        own = analysis is self._analysis
         if not own or not self._graphs:
-            graph = record(analysis, plan, self._key if own else "", self._variants.log)
-            self._graphs.append(graph)
+            caller.graph = record(analysis, plan, self._key if own else "", self._variants.log)
+            self._graphs.append(caller.graph)
         names = parameter_names(owner.the_model(), inputs, self._variants.subject.parameters)
-        part = Part(analysis, self._options, offset, modules, session, names)
-        self._steer(caller, part, graph)
+        self._steer(caller, Part(analysis, self._options, offset, modules, session, names))
         return caller
 
     def _layers(self, plan: Plan, analysis: Analysis) -> dict[int, int]:
@@ -184,34 +225,53 @@ class Callers:
             for replacement, decision in zip(planned, plan.approximated, strict=True)
         }
 
-    def _steer(self, caller: Caller, part: Part, graph: TrainingGraph | None) -> None:
+    def _adopt(self, caller: Caller, plan: Plan) -> None:
+        """Put another plan in a caller's place."""
+        caller.plan, caller.layers = plan, self._layers(plan, caller.analysis)
+        caller.session.add_plan(caller.identity, plan)
+        if caller.graph is not None:
+            caller.graph.plan = plan
+        callers = [known for _, known in self._known.values()]
+        in_use = {frozenset(other.layers) for other in (caller, *callers)}
+        self._variants.retire(in_use, self._options.max_variants)
+
+    def _steer(self, caller: Caller, part: Part) -> None:
         """Give a caller its controller, or note why it has none."""
         reason = why_not(part.analysis, self._options, self._frozen)
         if reason is not None:
             caller.session.add_unmeasured(caller.identity, reason)
             return
-
-        def adopt(plan: Plan) -> None:
-            caller.plan, caller.layers = plan, self._layers(plan, part.analysis)
-            caller.session.add_plan(caller.identity, plan)
-            if graph is not None:
-                graph.plan = plan
-            callers = [known for _, known in self._known.values()]
-            in_use = {frozenset(other.layers) for other in (caller, *callers)}
-            self._variants.retire(in_use, self._options.max_variants)
-
         current = Subplan(
             plan=lambda: caller.plan,
             at_step=caller.at_step,
             numbers=lambda: frozenset(caller.layers),
-            adopt=adopt,
+            adopt=partial(self._adopt, caller),
+            halted=partial(_halted, caller),
         )
-        steered = controller_of(part, self._variants, current)
+        steered = rescued(
+            lambda: controller_of(part, self._variants, current),
+            partial(_unsteered, caller),
+            self._options.strict,
+        )
         if isinstance(steered, str):
             caller.session.add_unmeasured(caller.identity, steered)
             return
         caller.controller = steered
         caller.session.add_controller(caller.identity, steered)
+
+
+def _halted(caller: Caller, why: str) -> None:
+    """Let the report of a caller say why its plan is left as it is."""
+    if caller.graph is not None:
+        caller.graph.halted = why
+
+
+def _unsteered(caller: Caller, failure: str) -> str:
+    """Return why nothing steers a caller, and say so."""
+    why = f"noise is not measured and the plan is left as it is: {failure}"
+    warn_once(why)
+    _halted(caller, why)
+    return why
 
 
 def first_parameter(inputs: Sequence[Any]) -> int | None:

@@ -4,11 +4,14 @@ A plan is measured when it was made and every `probe_every` steps. It is changed
 more than the budget allows, or where another one is clearly better; a changed plan is measured at
 once. What measures above its budget all the same is planned anew with candidates taken for noisier
 than they measured; if that does not help either, everything is exact until the next measurement.
+
+What fails in here is no reason to lose a training run: the controller is switched off, and the plan
+in force stays.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from graphpass.measuring import Measured, Names, Round, table_of
 from graphpass.noise import Key, NoiseTable, PlanNoise, key_of, plan_noise
 from graphpass.plan import Decision, Plan
 from graphpass.planner import all_exact
+from graphpass.rescue import rescued
 from graphpass.sheet import Probe, Reading, Subject
 from graphpass.sketch import Sketch
 from graphpass.variants import EXACT, Active, warn_once
@@ -33,6 +37,8 @@ _SLACK = 1.1
 _CLEARLY = 0.03
 _TRIES = 3
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -46,6 +52,7 @@ class Policy:
             nothing can be predicted: then any plan that differs is taken for better.
         first: step of the first measurement.
         stop: step from which on nothing is approximated any more; None for never.
+        strict: whether a failure of ours raises, instead of switching the controller off.
     """
 
     probe_every: int
@@ -54,6 +61,7 @@ class Policy:
     score: Callable[[Plan, NoiseTable], float] | None = None
     first: int = 0
     stop: int | None = None
+    strict: bool = False
 
 
 @dataclass(slots=True)
@@ -65,12 +73,14 @@ class Subplan:
         at_step: returns the sites that are approximated on a step.
         numbers: numbers of the replacements that the plan approximates.
         adopt: puts another plan in its place.
+        halted: called with the reason when the controller is switched off.
     """
 
     plan: Callable[[], Plan]
     at_step: Callable[[int], Active]
     numbers: Callable[[], Active]
     adopt: Callable[[Plan], None]
+    halted: Callable[[str], None]
 
 
 class Controller:
@@ -79,6 +89,7 @@ class Controller:
     Attributes:
         measured: what was found last; None before.
         note: why nothing is measured, or why the plan was given up; "" otherwise.
+        is_halted: whether it was switched off: it measures and plans no more.
     """
 
     def __init__(self, policy: Policy, subject: Subject, names: Names, current: Subplan) -> None:
@@ -92,6 +103,7 @@ class Controller:
         """
         self.measured: Measured | None = None
         self.note = ""
+        self.is_halted = False
         self._policy = policy
         self._subject = subject
         self._names = names
@@ -118,6 +130,40 @@ class Controller:
             parameters: what is trained, by position among the graph's inputs.
             device: where the graph runs.
         """
+        self._guarded(lambda: self._advance(step, parameters, device))
+        # The user's own schedule: what fails in it is not ours.
+        active = self._current.at_step(step)
+        probe = self._guarded(
+            lambda: self._round and self._round.next(bool(active), parameters, device)
+        )
+        return probe or (active, None)
+
+    def halt(self, why: str) -> None:
+        """Switch off: measure and plan no more; the plan in force stays.
+
+        Args:
+            why: what failed.
+        """
+        if self.is_halted:
+            return
+        self.is_halted = True
+        self.note = f"noise is not measured any more and the plan is left as it is: {why}"
+        if self._round is not None:
+            self._round.close()
+        self._round = self._saved_round = None
+        self._current.halted(self.note)
+
+    def _guarded(self, work: Callable[[], _Result]) -> _Result | None:
+        """Return what a part of the work returns; None once the controller is switched off."""
+
+        def otherwise(failure: str) -> None:
+            self.halt(failure)
+            warn_once(self.note)
+
+        return None if self.is_halted else rescued(work, otherwise, self._policy.strict)
+
+    def _advance(self, step: int, parameters: Mapping[int, Tensor], device: torch.device) -> None:
+        """Do what is due before a call: read a round that is over, decide, begin another."""
         if self._saved_round is not None:
             self._resume_round(parameters, device)
         if self._round is not None and self._round.is_over:
@@ -128,9 +174,6 @@ class Controller:
         past = self._policy.stop is not None and step >= self._policy.stop
         if self._round is None and step >= self._due and not past:
             self._round = self._new_round(parameters)
-        active = self._current.at_step(step)
-        probe = self._round and self._round.next(bool(active), parameters, device)
-        return probe or (active, None)
 
     def budget_changed(self) -> None:
         """Plan again on the next call, with what is known already."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import _CheckpointFrame
 
-from graphpass.variants import Choice
+from graphpass.dispatcher import Choice
 
 
 class Recomputation:

@@ -125,6 +125,8 @@ def totals(report: Report) -> list[str]:
     ]
     if report.plain_torch:
         lines.append(f"methods run in plain torch, without kernels: {report.plain_torch}")
+    if report.halted:
+        lines.append(f"failed while training: {report.halted}")
     if report.sizes:
         sizes = ", ".join(f"{name} = {value}" for name, value in sorted(report.sizes.items()))
         lines.append(f"dynamic sizes; figures are for {sizes}")

@@ -77,6 +77,7 @@ class Report:
             "" where they can.
         prediction: what is predicted of the step as a whole; None where nothing is (budget 0).
         measured: what the run has shown since.
+        halted: what failed while training, and how it went on; "" for nothing.
     """
 
     rows: tuple[Row, ...]
@@ -90,6 +91,7 @@ class Report:
     plain_torch: str = ""
     prediction: Prediction | None = None
     measured: Measured | None = None
+    halted: str = ""
 
     @property
     def approximated(self) -> tuple[Row, ...]:
@@ -146,6 +148,7 @@ class TrainingGraph:
         key: identity of the graph in the cache; "" if it is another graph's, seen by other names.
         log: its compiled variants.
         measured: what the run has shown of the plan.
+        halted: what failed while training, and how it went on; "" for nothing.
     """
 
     analysis: Analysis
@@ -153,6 +156,7 @@ class TrainingGraph:
     key: str
     log: VariantLog
     measured: Measured | None = None
+    halted: str = ""
 
     def remember(self) -> None:
         """Write to disk what compiling the variants showed, for processes that need not compile."""
@@ -210,6 +214,7 @@ class TrainingGraph:
             plain_torch=missing_toolchain(),
             prediction=prediction,
             measured=self.measured,
+            halted=self.halted,
         )
 
     def _planned_saved_bytes(self) -> int | None:

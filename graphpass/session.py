@@ -34,6 +34,7 @@ class Steered(Protocol):
 
     measured: Measured | None
     note: str
+    is_halted: bool
 
     def budget_changed(self) -> None:
         """Plan again."""
@@ -104,10 +105,11 @@ class Session:
         """Plan for another budget, from the next step on, by what is known of the noise.
 
         Raises:
-            ConfigError: if it is no budget, or no plan of this model is made by the planner.
+            ConfigError: if it is no budget, or no plan of this model is made by the planner, or
+                none is any more after a failure.
         """
         check_budget(budget)
-        if self._plans and not self._controllers:
+        if self._plans and all(c.is_halted for c in self._controllers.values()):
             raise ConfigError(
                 f"set_budget({budget!r}): no plan of this model is made by the planner "
                 f"({'; '.join(self.notes)}); compile it with options={{'budget': ...}} alone"

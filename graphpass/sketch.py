@@ -50,6 +50,7 @@ class Sketch:
         # Of every entry: halves of squared differences, squares, and how many of them.
         self._sums = torch.zeros(3, start, dtype=torch.float64, device=device)
         self._arrived = False
+        self._failure: Exception | None = None
         self._hooks: list[Any] = []
 
     @property
@@ -62,7 +63,7 @@ class Sketch:
         for position in self.positions:
             parameter = parameters[position]
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(partial(self.gather, position)))
+                self._hooks.append(parameter.register_hook(partial(self._in_backward, position)))
 
     def close(self) -> None:
         """Gather no more."""
@@ -78,11 +79,21 @@ class Sketch:
         self._row[self._place[position]] = values[self._index[position]].float()
         self._arrived = True
 
+    def _in_backward(self, position: int, grad: Tensor) -> None:
+        """Gather; what fails would come up in the user's backward pass, and is kept for `fold`."""
+        try:
+            self.gather(position, grad)
+        except Exception as error:
+            self._failure = error
+
     def fold(self) -> None:
         """Add what the last backward pass brought, if there was one, to the sums.
 
-        What is not finite, or has not arrived, makes no pair.
+        What is not finite, or has not arrived, makes no pair. What failed while it was gathered is
+        raised here.
         """
+        if self._failure is not None:
+            raise self._failure
         if not self._arrived:
             return
         difference = (self._row - self._last).double()

@@ -185,7 +185,7 @@ def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
 
     begin = max(options.warmup_steps, schedule.start)
     first = max(begin - _MEASURING_STEPS, _FIRST_STEP)
-    return Policy(options.probe_every, replan, limit, score, first, schedule.stop)
+    return Policy(options.probe_every, replan, limit, score, first, schedule.stop, options.strict)
 
 
 def _figure(budget: Any) -> Callable[[Prediction], float]:

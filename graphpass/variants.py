@@ -1,8 +1,4 @@
-"""The compiled variants of one graph, and the function that picks one of them on every step.
-
-Each variant approximates another set of the planned sites. Dynamo sees one function; switching is
-a dictionary lookup on the host, so it needs no retracing, no guard and no synchronisation.
-"""
+"""The compiled variants of one graph: each approximates another set of the planned sites."""
 
 import contextlib
 import copy
@@ -11,11 +7,11 @@ import json
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
@@ -24,6 +20,7 @@ from codegen import notes
 from graphpass import fingerprint
 from graphpass.capture import SavedBytes, UserPasses
 from graphpass.probe import ProbePass
+from graphpass.rescue import or_interpreted
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder
 from graphpass.sheet import Probe, Sheet, Subject
 
@@ -31,20 +28,6 @@ Compiled = Callable[..., Any]
 Active = frozenset[int]
 Key = Active | Probe
 EXACT: Active = frozenset()
-
-
-class Choice(NamedTuple):
-    """What a call of the graph runs.
-
-    Attributes:
-        key: the sites that are approximated, or a probe.
-        seed: seed of the draws.
-        notes: where a probe leaves its numbers.
-    """
-
-    key: Key
-    seed: int
-    notes: torch.Tensor | None = None
 
 
 class RewritePass(CustomGraphPass):
@@ -137,13 +120,21 @@ class Variants:
         """Return how the notes of a probe are laid out."""
         return self.subject.sheet(len(probe.candidates))
 
-    def compile(self, key: Key, inputs: Sequence[Any], seed: torch.Tensor) -> Compiled:
+    def compile(
+        self,
+        key: Key,
+        inputs: Sequence[Any],
+        seed: torch.Tensor,
+        failed: Callable[[Exception], None],
+    ) -> Compiled:
         """Return the compiled variant that approximates some sites, or that probes.
 
         Args:
             key: positions in `replacements`, or a probe.
             inputs: example inputs of the graph.
             seed: example of the seed input.
+            failed: called where the backward part, which is compiled later, is not exact and cannot
+                be compiled.
         """
         if key in self.compiled:
             return self.compiled[key]
@@ -159,7 +150,7 @@ class Variants:
             # A probe runs for a few steps, and holds every candidate: generating and compiling
             # code for it takes minutes, where calling ATen takes a few of its steps longer.
             patches["fallback_by_default"] = True
-            self.compiled[key] = self.compile_raw(gm, inputs, patches)
+            self.compiled[key] = self.compile_raw(gm, inputs, patches, or_interpreted(failed))
             return self.compiled[key]
         partitioner = SavedBytes(patches, self.parameters)
         if key:
@@ -171,7 +162,8 @@ class Variants:
                 "joint_custom_pre_pass": rewriting,
                 "custom_partitioner_fn": partitioner,
             }
-        self.compiled[key] = self.compile_raw(gm, inputs, patches)
+        inner = or_interpreted(failed) if key else compile_fx_inner
+        self.compiled[key] = self.compile_raw(gm, inputs, patches, inner)
         self.log.compiled.append(key)
         if partitioner.count is not None:
             self.log.saved_bytes[key] = partitioner.count
@@ -190,16 +182,25 @@ class Variants:
         alive = [key for key in self.log.compiled if key and key in self.compiled]
         old = [key for key in alive if key not in in_use]
         for key in old[: max(0, len(alive) - limit + 1)]:
-            del self.compiled[key]
+            self.drop(key)
+
+    def drop(self, key: Key) -> None:
+        """Forget a variant, if it was compiled."""
+        self.compiled.pop(key, None)
+        if key in self.log.compiled:
             self.log.compiled.remove(key)
 
     def _chosen(self, numbers: Active) -> list[Replacement]:
         return [self.replacements[i] for i in sorted(numbers)]
 
     def compile_raw(
-        self, gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        patches: dict[str, Any],
+        inner: Callable[..., Any] = compile_fx_inner,
     ) -> Compiled:
-        """Compile a graph with Inductor in a tracing context of its own.
+        """Compile a graph with Inductor, its parts with `inner`, in a tracing context of its own.
 
         The backward part is compiled late and reads the context it was traced in (which buffers
         were donated to it, for one). With a shared context, one variant would follow what was
@@ -212,131 +213,11 @@ class Variants:
             context.ddp_optimizer_ctx = None
             scope = tracing(context)
         with scope:
-            compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+            compiled: Any = compile_fx(gm, inputs, inner, config_patches=patches or None)
         if self.context is not None and context is not None and self.context.fw_metadata is None:
             self.context.fw_metadata = context.fw_metadata
         result: Compiled = compiled
         return result
-
-
-class Dispatcher:
-    """Picks and calls the variant of each step.
-
-    Attributes:
-        variants: the compiled variants.
-    """
-
-    def __init__(
-        self,
-        variants: Variants,
-        choose: Callable[[Sequence[Any]], Choice],
-        compiled: Callable[[], None],
-        device: torch.device,
-        limit: int,
-        frozen: bool,
-        strict: bool,
-    ) -> None:
-        """Compile nothing yet.
-
-        Args:
-            variants: the variants, some of them compiled.
-            choose: returns what a call runs.
-            compiled: called after a variant was compiled.
-            device: where the seed input lives.
-            limit: most variants that may be compiled.
-            frozen: whether no variant may be compiled any more (sizes are symbolic: guards that a
-                late compilation finds could not be installed).
-            strict: whether a failure raises instead of being answered by the exact variant.
-        """
-        self.variants = variants
-        self._choose = choose
-        self._compiled = compiled
-        self._device = device
-        self._limit = limit
-        self.frozen = frozen
-        self._strict = strict
-        self._refused: set[Key] = set()
-        context = variants.context
-        self._first_on_fakes = context is not None and context.fakify_first_call
-
-    def __call__(self, *args: Any) -> Any:
-        """Run one call of the graph."""
-        if self._first_on_fakes:
-            return self._run_all_on_fakes(args)
-        key, seed, page = self._choose(args)
-        if not key:
-            return self._get(EXACT, args)(*args)
-        variant = self._get(key, args)
-        if variant is self.variants.compiled.get(EXACT):
-            return variant(*args)
-        if page is not None:
-            return variant(*args, self.seed_tensor(seed), page)
-        return variant(*args, self.seed_tensor(seed))
-
-    def seed_tensor(self, seed: int) -> torch.Tensor:
-        """Return a fresh tensor, as an earlier backward may still read the last one.
-
-        It is filled where it lives: nothing is copied, so nothing is waited for.
-        """
-        return torch.full((), seed, dtype=torch.int64, device=self._device)
-
-    def _get(self, active: Key, args: Sequence[Any]) -> Compiled:
-        variant = self.variants.compiled.get(active)
-        if variant is not None:
-            return variant
-        if active in self._refused or not self._may_compile(active):
-            return self._get(EXACT, args)
-        try:
-            compiled = self.variants.compile(active, self._static(args), self.seed_tensor(0))
-            self._compiled()
-            return compiled
-        except Exception as error:
-            if self._strict or not active:
-                raise
-            self._refused.add(active)
-            warn_once(f"a variant could not be compiled and runs exactly instead: {error}")
-            return self._get(EXACT, args)
-
-    def _static(self, args: Sequence[Any]) -> Sequence[Any]:
-        """Return stand-ins for the inputs whose sizes are constants.
-
-        A compilation at run time has nothing to tell it so, and would take every size of the
-        inputs for one that may change.
-        """
-        context = self.variants.context
-        if self.frozen or context is None or context.fake_mode is None:
-            return args
-        fake = context.fake_mode.from_tensor
-        return [fake(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
-
-    def _may_compile(self, active: Key) -> bool:
-        if not active or (isinstance(active, Probe) and not self.frozen):
-            return True
-        compiled = self.variants.compiled
-        approximate = sum(1 for other in compiled if other and not isinstance(other, Probe))
-        if not self.frozen and approximate < self._limit:
-            return True
-        self._refused.add(active)
-        why = "sizes are dynamic" if self.frozen else f"there are {approximate} already"
-        warn_once(
-            f"the schedule asks for one more combination of approximated layers, but {why}: those "
-            "steps are exact. Use a schedule with fewer combinations, or raise max_variants"
-        )
-        return False
-
-    def _run_all_on_fakes(self, args: Sequence[Any]) -> Any:
-        """Run every variant once on fake tensors, as DDP's graph splitting asks of a backend."""
-        self._first_on_fakes = False
-        context = self.variants.context
-        assert context is not None and context.fake_mode is not None
-        with context.fake_mode:
-            seed = self.seed_tensor(0)
-        results = [
-            variant(*args, seed) if active else variant(*args)
-            for active, variant in self.variants.compiled.items()
-            if not isinstance(active, Probe)
-        ]
-        return results[0]
 
 
 def copy_of(gm: GraphModule) -> GraphModule:

@@ -16,6 +16,7 @@ from graphpass.measuring import Names
 from graphpass.noise import NoiseTable, plan_noise
 from graphpass.plan import Decision, Plan
 from graphpass.sheet import Probe, Subject
+from graphpass.sketch import Sketch
 from graphpass.variants import EXACT
 
 WINDOW = 8
@@ -57,6 +58,8 @@ class World:
         self.surprise = 1.0
         self.finite = True
         self.asked: list[NoiseTable] = []
+        # Why the controller was switched off.
+        self.said: list[str] = []
         keys = {2 * i + j: (SITES[i], METHODS[j], "{}") for i in range(2) for j in range(2)}
         self.names = Names(
             keys, {0: "a", 1: "b"}, {SITES[0]: (0,), SITES[1]: (1,)}, {}, (frozenset(keys),)
@@ -66,7 +69,13 @@ class World:
             Policy(replan=self.replan, budget=lambda: self.budget, **given),
             Subject((), (0, 1)),
             self.names,
-            Subplan(lambda: self.plan, lambda _: self.numbers(), self.numbers, self.adopt),
+            Subplan(
+                lambda: self.plan,
+                lambda _: self.numbers(),
+                self.numbers,
+                self.adopt,
+                self.said.append,
+            ),
         )
         self.ran: list[str] = []
 
@@ -75,10 +84,16 @@ class World:
         return frozenset(n for n, key in self.names.candidates.items() if key[:2] in chosen)
 
     def adopt(self, plan: Plan) -> None:
+        self._take(plan)
+
+    def _take(self, plan: Plan) -> None:
         self.plan = plan
         self.adopted.append(plan)
 
     def replan(self, table: NoiseTable) -> Plan:
+        return self._plan(table)
+
+    def _plan(self, table: NoiseTable) -> Plan:
         self.asked.append(table)
         plans = [plan_of(a, b) for a in (*METHODS, None) for b in (*METHODS, None)]
         keys = {p: [(d.site, d.method, "{}") for d in p.approximated] for p in plans}
@@ -264,3 +279,74 @@ def test_nothing_is_measured_where_nothing_is_approximated_any_more() -> None:
         world.run(range(60))
     probes = [step for step, what in enumerate(world.ran) if what == "probe"]
     assert probes[0] == 10 and probes[-1] < 30
+
+
+def broken(*_: object, **__: object) -> Any:
+    raise RuntimeError("a bug of ours")
+
+
+# Where it may fail, and on which step it then does.
+FAILURES: list[tuple[str, Callable[[pytest.MonkeyPatch, World], None], int]] = [
+    ("sketch", lambda patch, _: patch.setattr(controller, "Sketch", broken), 0),
+    ("round", lambda patch, _: patch.setattr(measuring.Round, "next", broken), 0),
+    ("hook", lambda patch, _: patch.setattr(Sketch, "gather", broken), 1),
+    ("reading", lambda patch, _: patch.setattr(measuring.Round, "read", broken), FULL),
+    ("table", lambda patch, _: patch.setattr(controller, "table_of", broken), FULL),
+    ("planner", lambda patch, world: patch.setattr(world, "_plan", broken), FULL),
+    ("adoption", lambda patch, world: patch.setattr(world, "_take", broken), FULL),
+]
+
+
+failing = pytest.mark.parametrize(
+    ("spoil", "step"), [pytest.param(*rest, id=name) for name, *rest in FAILURES]
+)
+
+
+@failing
+def test_a_failure_of_ours_leaves_the_plan_as_it_is(
+    spoil: Callable[[pytest.MonkeyPatch, World], None], step: int
+) -> None:
+    world = World(budget=0.3)
+    before = world.plan = plan_of("fine", None)
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning) as caught:
+        spoil(patch, world)
+        world.run(range(60))
+    assert ["a bug of ours" in str(warning.message) for warning in caught] == [True]
+    assert world.plan is before and world.ran[step:] == ["plan"] * (60 - step)
+    assert world.controller.is_halted and world.said == [world.controller.note]
+    assert "the plan is left as it is: an internal failure" in world.controller.note
+    assert not any(weight._backward_hooks for weight in world.weights.values())
+    # What is saved of it is of use: where it goes on, it measures again.
+    state = json.loads(json.dumps(world.controller.state_dict()))
+    after = World(budget=0.3)
+    after.controller.load_state_dict(state)
+    after.run(range(60, 80))
+    assert after.ran[0] == "probe" and after.controller.measured is not None
+
+
+@failing
+def test_a_failure_of_ours_raises_where_that_is_asked_for(
+    spoil: Callable[[pytest.MonkeyPatch, World], None], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(budget=0.3, strict=True)
+    world.plan = plan_of("fine", None)
+    spoil(monkeypatch, world)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        world.run(range(60))
+    assert len(world.ran) == step
+
+
+def test_mistakes_of_the_user_are_no_failures_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(budget=0.3)
+
+    def impossible(table: NoiseTable) -> Plan:
+        raise ConfigError(f"impossible under {table}")
+
+    monkeypatch.setattr(world, "_plan", impossible)
+    with pytest.raises(ConfigError, match="impossible"):
+        world.run(range(60))
+    world = World(budget=0.3)
+    # A schedule of theirs.
+    monkeypatch.setattr(world, "numbers", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        world.run(range(60))
