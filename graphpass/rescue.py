@@ -3,14 +3,17 @@
 Most of it is answered by an exact graph, or by a plan that stays as it is. The backward part of a
 graph is another matter: it is compiled when it first runs, which is in the user's `backward()`, and
 then the forward part has run. So where that fails it runs as it is, operation by operation, and
-gives the gradients that it would have given.
+gives the gradients that it would have given. Only where it draws the forward part's random numbers
+again it cannot: Inductor alone draws the same ones from the same seed.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor import inductor_prims  # noqa: F401  (defines the operators of `_draws`)
 from torch._inductor.compile_fx import compile_fx_inner
 from torch.fx import GraphModule
 
@@ -58,7 +61,16 @@ def or_interpreted(failed: Callable[[Exception], None]) -> Callable[..., Any]:
         try:
             return compile_fx_inner(gm, inputs, **settings)
         except Exception as error:
+            if _draws(spare):
+                raise
             failed(error)
             return make_boxed_func(spare.forward)
 
     return compile_part
+
+
+def _draws(gm: GraphModule) -> bool:
+    """Return whether a graph draws numbers from a seed that Inductor took."""
+    prims = torch.ops.prims
+    ours = (prims.inductor_random.default, prims.inductor_randint.default)
+    return any(gm.graph.find_nodes(op="call_function", target=target) for target in ours)
