@@ -7,13 +7,11 @@ convolution, matrices of a batch). What the terms are:
 * `ChannelPairs`: channel i of a convolution's input, or output gradient, and of the weight;
 * `PixelPairs`: an output pixel and the patch it looks at, of a convolution's weight gradient;
 * `SamplePairs`: a sample of the batch, of either gradient;
-* `OuterChannels`: the part of either gradient that belongs to input channel i;
-* `OuterFeatures`: the same of a linear layer's gradients.
+* those of `graphpass.outer_pairs`: the part of either gradient that belongs to input channel i.
 
 Each knows the norm of its terms (`masses`), the product of some terms with weights, as a smaller
 dense product (`sampled`), and the product of all terms with weights, plainly (`weighted`). The
-result with weights w is linear in them; terms of the last three touch different results, or the
-same.
+result with weights w is linear in them; terms of the last two touch different results or the same.
 Letters: B batch, M rows, K contracted, N columns, Ci and Co channels, R terms taken.
 """
 
@@ -220,120 +218,6 @@ class SamplePairs(Pairs):
             return weight_grad(self.site, first, second, list(self.template.shape))
         size = [first.shape[0], *self.template.shape[1:]]
         return input_grad(self.site, first, second, size)
-
-
-class Outer(Pairs):
-    """Gradients of what a forward product takes: of its terms, those that were sampled forward.
-
-    Sampled with the forward product's masses and draws, gradients are those of the sampled forward
-    product: what it left out gets none. What is left is a smaller gradient, a sum over terms of its
-    own (`terms`), which can be sampled again.
-    """
-
-    __slots__ = ()
-
-    @property
-    @abstractmethod
-    def axis(self) -> int:
-        """The axis of the result along which it has what the forward product sums over."""
-
-    @abstractmethod
-    def terms(self, index: Tensor) -> Pairs:
-        """Return the terms of the gradient of what `index`, [1, R], names."""
-
-    @abstractmethod
-    def masked(self, weights: Tensor) -> Pairs:
-        """Return the same of all, times `weights`, [1, n]: where those are 0, so is the result."""
-
-    def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
-        """Return the gradient of what is named; that of the others is zero."""
-        del narrow
-        terms = self.terms(index)
-        part = exact(self.site, terms.template, *terms.operands)
-        if weight is not None:
-            part = (part * along(weight, part[None], self.axis + 1)[0]).to(part.dtype)
-        return self.put(index, part)
-
-    def put(self, index: Tensor, part: Tensor) -> Tensor:
-        """Return zeros in the shape of the result, with a part of it in its place."""
-        return scattered(self.template, self.axis, index[0], part)
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Return the exact gradient, weighted."""
-        of = self.masked(torch.ones_like(weights))
-        whole = exact(self.site, self.template, *of.operands)
-        return whole * along(weights, whole[None], self.axis + 1)[0]
-
-    def _template(self, index: Tensor) -> Tensor:
-        size = list(self.template.shape)
-        size[self.axis] = index.shape[1]
-        return torch.empty((), dtype=self.template.dtype, device=self.template.device).expand(size)
-
-
-class OuterChannels(Outer):
-    """Input channels of a convolution. Operands: output gradient, input, weight."""
-
-    __slots__ = ()
-
-    @property
-    def axis(self) -> int:
-        """Channels of the input, or of the filters."""
-        return 1
-
-    def masses(self) -> Tensor:
-        """Return the masses of the forward product: [1, Ci]."""
-        _, x, weight = self.operands
-        forward = forward_of(self.site)
-        return ChannelPairs(forward, self.template, (x, weight)).masses()
-
-    def terms(self, index: Tensor) -> Pairs:
-        """Return output pixels, or output channels, with the named input channels."""
-        grad, x, filters = self.operands
-        if self.site.gradient is Gradient.WEIGHT:
-            return PixelPairs(self.site, self._template(index), (grad, channels_of(x, index)))
-        taken = laid_out(filters.index_select(1, index[0]), filters)
-        return ChannelPairs(self.site, self._template(index), (grad, taken))
-
-    def masked(self, weights: Tensor) -> Pairs:
-        """Return output pixels, or output channels, with weighted input channels."""
-        grad, x, filters = self.operands
-        if self.site.gradient is Gradient.WEIGHT:
-            return PixelPairs(self.site, self.template, (grad, x * along(weights, x[None], 2)[0]))
-        scaled = filters * along(weights, filters[None], 2)[0]
-        return ChannelPairs(self.site, self.template, (grad, scaled))
-
-
-class OuterFeatures(Outer):
-    """Input features of a linear layer.
-
-    Operands: the gradient's own factors, then those of the forward product.
-    """
-
-    __slots__ = ()
-
-    @property
-    def axis(self) -> int:
-        """As found in the graph: the gradient or its transpose is computed there."""
-        assert self.site.outer is not None, self.site.id
-        return self.site.outer
-
-    def masses(self) -> Tensor:
-        """Return the masses of the forward product: [1, features]."""
-        *_, left, right = self.operands
-        return MatrixPairs(self.site, self.template, (left, right)).masses()
-
-    def terms(self, index: Tensor) -> Pairs:
-        """Return columns and rows, with the named features."""
-        factors = list(self.operands[:2])
-        factors[self.axis] = factors[self.axis].index_select(self.axis, index[0])
-        return MatrixPairs(self.site, self._template(index), (factors[0], factors[1]))
-
-    def masked(self, weights: Tensor) -> Pairs:
-        """Return columns and rows, with weighted features."""
-        factors = list(self.operands[:2])
-        scaled = factors[self.axis]
-        factors[self.axis] = scaled * along(weights, scaled[None], self.axis + 1)[0]
-        return MatrixPairs(self.site, self.template, (factors[0], factors[1]))
 
 
 def geometry_of(site: Site) -> ConvGeometry:

@@ -27,7 +27,6 @@ from typing import ClassVar
 import torch
 
 from graphpass.column_row import (
-    Sampling,
     cost,
     draw,
     lower,
@@ -37,6 +36,7 @@ from graphpass.column_row import (
     reject,
 )
 from graphpass.method import Method, Sample, register
+from graphpass.sampling import Sampling
 from graphpass.site import Gradient
 
 

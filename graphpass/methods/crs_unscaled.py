@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import torch
 
-from graphpass.column_row import Sampling, cost, draw, lower, operands, reference, reject
+from graphpass.column_row import cost, draw, lower, operands, reference, reject
 from graphpass.method import Method, Sample, register
+from graphpass.sampling import Sampling
 from graphpass.site import Gradient
 
 

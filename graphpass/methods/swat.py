@@ -31,14 +31,8 @@ from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise,
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
-from graphpass.pairs import (
-    ChannelPairs,
-    MatrixPairs,
-    OuterChannels,
-    exact,
-    scattered,
-    wide,
-)
+from graphpass.outer_pairs import OuterChannels
+from graphpass.pairs import ChannelPairs, MatrixPairs, exact, scattered, wide
 from graphpass.site import Gradient, Site
 
 STRUCTURES = ("none", "filter", "channel")
