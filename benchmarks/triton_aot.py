@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(json.dumps(record), flush=True)
     summary = list(summary_of(rows))
     record = {"prediction": "H200 data sheet", "compile_s": time.perf_counter() - start}
-    # The times predicted are those of an H200; of the other targets, what went wrong is worth a row.
+    # Times are predicted for an H200; of other targets, what went wrong is worth a row.
     kept = [row for row in rows if row["target"] == _PREDICTED or not _is_clean(row)]
     path = write_results(given.output, {**record, "summary": summary, "rows": kept})
     print("\n".join(summary), f"\nwritten to {path}")
