@@ -92,7 +92,7 @@ class Laboratory:
     def names(self) -> Names:
         """Return what everything is called."""
         candidates = dict(enumerate(self.variants.replacements))
-        return names_of(self.analysis, candidates, self._names, [frozenset(candidates)])
+        return names_of(self.analysis, candidates, self._names)
 
     def _choose(self, args: Sequence[Any]) -> Choice:
         del args

@@ -99,7 +99,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def _turn_s(laboratory: Laboratory) -> float:
     """Return the seconds that an ordinary step spends in the controller."""
-    policy = Policy(EVERY, lambda _: Plan(), lambda: 0.1, first=10**9)
+    policy = Policy(EVERY, lambda _: Plan(), lambda *_: (), lambda: 0.1, first=10**9)
     current = Subplan(Plan, lambda _: EXACT, lambda: EXACT, lambda _: None, lambda _: None)
     controller = Controller(policy, laboratory.variants.subject, laboratory.names(), current)
     parameters, device, calls = laboratory.parameters, torch.device("cpu"), 10000

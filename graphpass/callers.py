@@ -227,10 +227,13 @@ class Callers:
 
     def _adopt(self, caller: Caller, plan: Plan) -> None:
         """Put another plan in a caller's place."""
-        caller.plan, caller.layers = plan, self._layers(plan, caller.analysis)
+        before, caller.layers = caller.layers, self._layers(plan, caller.analysis)
+        caller.plan = plan
         caller.session.add_plan(caller.identity, plan)
         if caller.graph is not None:
             caller.graph.plan = plan
+        if caller.layers == before:
+            return
         callers = [known for _, known in self._known.values()]
         in_use = {frozenset(other.layers) for other in (caller, *callers)}
         self._variants.retire(in_use, self._options.max_variants)

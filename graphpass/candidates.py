@@ -140,7 +140,21 @@ def _effect(
     rejected = method.reject(site, params)
     if rejected is not None:
         return rejected
-    return effect_of(site, method, params, table, propagation) or Rejected(Reason.NOISE_UNKNOWN)
+    effect = effect_of(site, method, params, table, propagation)
+    return effect or _not_measured(site, method, params, table, propagation)
+
+
+def _not_measured(
+    site: Site, method: Method, params: Any, table: NoiseTable, propagation: Propagation
+) -> Rejected:
+    """Return that a candidate's noise is not known, and why it was not measured, if it was not."""
+    key = key_of(site.id, method.name, params)
+    if key not in table.left_out:
+        return Rejected(Reason.NOISE_UNKNOWN)
+    local = table.left_out[key]
+    supposed = None if local is None else propagation.effect(site, local)
+    why = "not measured, as another way takes no longer and should add far less"
+    return Rejected(Reason.NOISE_UNKNOWN, f"prior {supposed or 'none'}; {why}")
 
 
 def biases(method: Method, site: Site) -> bool:

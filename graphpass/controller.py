@@ -38,6 +38,7 @@ _CLEARLY = 0.03
 _TRIES = 3
 
 _Result = TypeVar("_Result")
+Groups = tuple[frozenset[int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Policy:
     Attributes:
         probe_every: steps from one measurement to the next.
         replan: returns the best plan under the budget for what is known of the noise.
+        groups: returns the candidates to be measured, in groups that one probe each looks at, for
+            what is known of the noise; the groups of before, given as well, are among them.
         budget: returns the largest tau allowed now; None where noise is weighed against time.
         score: predicted time to the same loss, in any unit, of a plan under a table; None where
             nothing can be predicted: then any plan that differs is taken for better.
@@ -57,6 +60,7 @@ class Policy:
 
     probe_every: int
     replan: Callable[[NoiseTable], Plan]
+    groups: Callable[[NoiseTable, Groups], Groups]
     budget: Callable[[], float | None]
     score: Callable[[Plan, NoiseTable], float] | None = None
     first: int = 0
@@ -112,6 +116,8 @@ class Controller:
         self._round: Round | None = None
         self._saved_round: Mapping[str, Any] | None = None
         self._table = NoiseTable()
+        # What was measured: probes that are compiled already are run again as they are.
+        self._groups: Groups = ()
         # By how much plans measured noisier than the table has them.
         self._caution = 1.0
         # Rounds of the plan alone since it was changed; 0 where the next looks at everything.
@@ -187,7 +193,8 @@ class Controller:
         probes = [Probe(EXACT, plan)] * _PLAN_PROBES if plan else []
         if self._checks:
             return Round(probes, self._subject, 0, None)
-        every = [Probe(group, EXACT) for group in self._names.groups]
+        self._groups = self._policy.groups(self._table, self._groups)
+        every = [Probe(group, EXACT) for group in self._groups]
         return Round([*every, *probes], self._subject, _WINDOW, Sketch(_trained(parameters)))
 
     def _finish(self, step: int) -> None:
@@ -235,7 +242,10 @@ class Controller:
         if full:
             self._caution = max(1.0, self._caution / 2)
             proposal = self._proposal()
-            if not _same(proposal, plan) and self._better(proposal, plan):
+            if _same(proposal, plan):
+                # As before, but reports are to show what was measured of it.
+                self._current.adopt(proposal)
+            elif self._better(proposal, plan):
                 self._adopt(step, proposal)
                 return
         self._settle(step)
@@ -303,6 +313,7 @@ class Controller:
             "failures": self._failures,
             "budget_changed": self._budget_changed,
             "table": self._table.to_json(),
+            "groups": [sorted(group) for group in self._groups],
             "measured": self._measured_state(),
             "plan": [
                 [d.site, d.method, dict(d.params), d.reason] for d in self._current.plan().decisions
@@ -339,7 +350,9 @@ class Controller:
         if state["measured"] is not None:
             step, tau, *predicted = state["measured"]
             self.measured = Measured(step, tau, PlanNoise(*predicted), table)
-        self._saved_round = state["round"]
+        # A round of a version that measured every candidate is begun anew.
+        self._saved_round = state["round"] if "groups" in state else None
+        self._groups = tuple(map(frozenset, state.get("groups", ())))
         if decisions != plan.decisions:
             self._current.adopt(replace(plan, decisions=decisions))
 

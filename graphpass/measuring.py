@@ -80,14 +80,12 @@ class Names:
         parameters: names of the parameters, by position.
         weights: positions of the parameters that a weight gradient belongs to, by its site.
         reach: weight gradients that an input gradient flows into, by its site.
-        groups: the candidates that one probe looks at, for each that is needed.
     """
 
     candidates: Mapping[int, Key]
     parameters: Mapping[int, str]
     weights: Mapping[str, tuple[int, ...]]
     reach: Reach
-    groups: tuple[frozenset[int], ...]
 
 
 class Round:

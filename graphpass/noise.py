@@ -53,6 +53,8 @@ class NoiseTable:
         square: |E g|^2, by the same names.
         correction: by how much more input gradients' errors reach the weights than supposed.
         source: "measured", or "prior" for what is supposed before anything was measured.
+        left_out: what is supposed of candidates that were not worth measuring; None where nothing
+            is known. No plan uses them, and no JSON holds them.
     """
 
     entries: Mapping[Key, LocalNoise] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class NoiseTable:
     square: Mapping[str, float] = field(default_factory=dict)
     correction: float = 1.0
     source: str = "measured"
+    left_out: Mapping[Key, LocalNoise | None] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphpass.capture import Analysis
-from graphpass.method import Method
+from graphpass.method import Method, Prior
 from graphpass.noise import Key, LocalNoise, NoiseTable, key_of
 from graphpass.site import Gradient, Site
 
@@ -54,8 +54,11 @@ def local_noise(site: Site, method: Method, params: Any) -> LocalNoise | None:
     None where the method has none for these parameters.
     """
     prior = None if method.prior is None else method.prior(site, params)
-    if prior is None:
-        return None
+    return None if prior is None else of_site(site, prior)
+
+
+def of_site(site: Site, prior: Prior) -> LocalNoise:
+    """Return the noise of a site that would add up to a prior over ResNet-20."""
     if site.gradient is Gradient.WEIGHT:
         share = _LAYERS / len(_APPROXIMATED)
         return LocalNoise(

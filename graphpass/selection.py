@@ -74,7 +74,7 @@ def _choices(menus: Sequence[Menu]) -> list[Choice]:
     options = [_options(menu) for menu in menus]
     if math.prod(map(len, options)) > _COMBINATIONS:
         options = [_best(menu, numbers) for menu, numbers in zip(menus, options, strict=True)]
-    found = [_choice(menus, picks) for picks in product(*options)]
+    found = [choice_of(menus, picks) for picks in product(*options)]
     if any(choice.bias for choice in found):
         return found
     kept, least = [found[0]], found[0].seconds
@@ -93,7 +93,7 @@ def _best(menu: Menu, numbers: Sequence[int | None]) -> list[int | None]:
     """Return the candidates that no other one is better than, were what they share for nothing."""
 
     def figures(number: int | None, shared: bool) -> tuple[float, float, float]:
-        choice = _choice([menu], (number,))
+        choice = choice_of([menu], (number,))
         if number is None or not shared:
             return choice.seconds, choice.tau, choice.bias
         saved = sum(menu.candidates[number].price.shared.values())
@@ -114,7 +114,13 @@ def _best(menu: Menu, numbers: Sequence[int | None]) -> list[int | None]:
     ]
 
 
-def _choice(menus: Sequence[Menu], picks: tuple[int | None, ...]) -> Choice:
+def choice_of(menus: Sequence[Menu], picks: tuple[int | None, ...]) -> Choice:
+    """Return what it takes, and adds, to compute the products of a layer in one way.
+
+    Args:
+        menus: those of the layer.
+        picks: candidate of each; None for exact.
+    """
     chosen = [
         None if pick is None else menu.candidates[pick]
         for menu, pick in zip(menus, picks, strict=True)

@@ -3,7 +3,7 @@
 Plans that the user made, by naming methods or by handing one in, are left as they are.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from graphpass import pricing as prices
 from graphpass.budget import AccuracyDrop, Speedup
 from graphpass.candidates import ladder
 from graphpass.capture import Analysis
-from graphpass.controller import Controller, Policy, Subplan
+from graphpass.controller import Controller, Groups, Policy, Subplan
 from graphpass.dependence import reached
 from graphpass.errors import ConfigError, Reason
 from graphpass.measuring import Names
@@ -25,6 +25,7 @@ from graphpass.prediction import Prediction, predict
 from graphpass.pricing import Pricing
 from graphpass.products import Replacement
 from graphpass.session import Session
+from graphpass.shortlist import UNKNOWN, Shortlist
 from graphpass.site import Gradient
 from graphpass.variants import Variants
 
@@ -87,16 +88,25 @@ def controller_of(part: Part, variants: Variants, current: Subplan) -> Controlle
     }
     if not candidates:
         return Reason.NOTHING_PAYS.value
-    groups = _groups(candidates, part, pricing)
-    names = names_of(part.analysis, candidates, part.parameters, groups)
-    return Controller(_policy(part, pricing, current), variants.subject, names, current)
+    names = names_of(part.analysis, candidates, part.parameters)
+    shortlist = Shortlist(part.analysis, tuple(dict.fromkeys(offers)), pricing)
+
+    def groups(table: NoiseTable, before: Groups) -> Groups:
+        worth = shortlist.keys(table, _unknown(part))
+        measured, planned = frozenset[int]().union(*before), current.numbers()
+        new = {
+            number: candidate
+            for number, candidate in candidates.items()
+            if number not in measured and (number in planned or names.candidates[number] in worth)
+        }
+        return (*before, *_groups(new, part, pricing)) if new else before
+
+    policy = _policy(part, pricing, current, shortlist, groups)
+    return Controller(policy, variants.subject, names, current)
 
 
 def names_of(
-    analysis: Analysis,
-    candidates: Mapping[int, Replacement],
-    parameters: Mapping[int, str],
-    groups: Sequence[frozenset[int]],
+    analysis: Analysis, candidates: Mapping[int, Replacement], parameters: Mapping[int, str]
 ) -> Names:
     """Return what the numbers of a graph are called.
 
@@ -104,7 +114,6 @@ def names_of(
         analysis: what it holds.
         candidates: what is measured, by its number among the replacements.
         parameters: names of the parameters by position.
-        groups: candidates that one probe looks at.
     """
     sites = analysis.sites
     weights: dict[str, tuple[int, ...]] = {}
@@ -116,12 +125,10 @@ def names_of(
         if sites[number].gradient is Gradient.INPUT
     }
     keys = {i: key_of(r.site.id, r.method.name, r.params) for i, r in candidates.items()}
-    return Names(keys, parameters, weights, reach, tuple(groups))
+    return Names(keys, parameters, weights, reach)
 
 
-def _groups(
-    candidates: Mapping[int, Replacement], part: Part, pricing: Pricing
-) -> tuple[frozenset[int], ...]:
+def _groups(candidates: Mapping[int, Replacement], part: Part, pricing: Pricing) -> Groups:
     """Return the candidates in groups, each of which a single probe looks at."""
     step_s = pricing.rest().seconds + sum(pricing.exact(s).seconds for s in part.analysis.sites)
     groups: list[set[int]] = [set()]
@@ -155,14 +162,31 @@ def _offers(part: Part, pricing: Pricing) -> list[Replacement]:
     return found
 
 
-def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
+def _budget(part: Part) -> Any:
+    """Return the budget as set in the session: a number, or what is no limit of the noise."""
+    budget = part.session.budget(part.options.budget)
+    return budget.tau if isinstance(budget, AccuracyDrop) else budget
+
+
+def _unknown(part: Part) -> float:
+    """Return what a method without a prior is supposed to add: no more than may be added."""
+    budget = _budget(part)
+    no_limit = isinstance(budget, (str, Speedup)) or not budget
+    return UNKNOWN if no_limit else min(UNKNOWN, float(budget))
+
+
+def _policy(
+    part: Part,
+    pricing: Pricing,
+    current: Subplan,
+    shortlist: Shortlist,
+    groups: Callable[[NoiseTable, Groups], Groups],
+) -> Policy:
     options, schedule = part.options, part.options.resolved_schedule()
 
     def asked() -> Any:
         """Return the budget as it is now: as set in the session, and decayed."""
-        budget = part.session.budget(options.budget)
-        if isinstance(budget, AccuracyDrop):
-            budget = budget.tau
+        budget = _budget(part)
         if isinstance(budget, (str, Speedup)):
             return budget
         return budget * part.session.decay(options.decay_budget)
@@ -172,9 +196,9 @@ def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
         return None if isinstance(budget, (str, Speedup)) else float(budget)
 
     def replan(table: NoiseTable) -> Plan:
-        wanted = replace(options, budget=asked())
+        wanted, known = replace(options, budget=asked()), shortlist.labelled(table)
         try:
-            return make_plan(part.analysis, wanted, part.offset, part.modules, table, pricing)
+            return make_plan(part.analysis, wanted, part.offset, part.modules, known, pricing)
         except ConfigError:
             # What was possible by the prior is not by what was measured: the plan stays.
             return current.plan()
@@ -185,7 +209,9 @@ def _policy(part: Part, pricing: Pricing, current: Subplan) -> Policy:
 
     begin = max(options.warmup_steps, schedule.start)
     first = max(begin - _MEASURING_STEPS, _FIRST_STEP)
-    return Policy(options.probe_every, replan, limit, score, first, schedule.stop, options.strict)
+    return Policy(
+        options.probe_every, replan, groups, limit, score, first, schedule.stop, options.strict
+    )
 
 
 def _figure(budget: Any) -> Callable[[Prediction], float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from codegen import notes
 from graphpass import ConfigError, controller, measuring, variants
-from graphpass.controller import Controller, Policy, Subplan
+from graphpass.controller import Controller, Groups, Policy, Subplan
 from graphpass.measuring import Names
 from graphpass.noise import NoiseTable, plan_noise
 from graphpass.plan import Decision, Plan
@@ -58,15 +58,16 @@ class World:
         self.surprise = 1.0
         self.finite = True
         self.asked: list[NoiseTable] = []
+        keys = {2 * i + j: (SITES[i], METHODS[j], "{}") for i in range(2) for j in range(2)}
+        # What is worth measuring, and what was known when that was asked.
+        self.worth = frozenset(keys)
+        self.known: list[NoiseTable] = []
         # Why the controller was switched off.
         self.said: list[str] = []
-        keys = {2 * i + j: (SITES[i], METHODS[j], "{}") for i in range(2) for j in range(2)}
-        self.names = Names(
-            keys, {0: "a", 1: "b"}, {SITES[0]: (0,), SITES[1]: (1,)}, {}, (frozenset(keys),)
-        )
+        self.names = Names(keys, {0: "a", 1: "b"}, {SITES[0]: (0,), SITES[1]: (1,)}, {})
         given: dict[str, Any] = {"probe_every": 20, "score": self.score, **policy}
         self.controller = Controller(
-            Policy(replan=self.replan, budget=lambda: self.budget, **given),
+            Policy(replan=self.replan, groups=self.groups, budget=lambda: self.budget, **given),
             Subject((), (0, 1)),
             self.names,
             Subplan(
@@ -78,6 +79,7 @@ class World:
             ),
         )
         self.ran: list[str] = []
+        self.probed: list[Probe] = []
 
     def numbers(self) -> frozenset[int]:
         chosen = {(d.site, d.method) for d in self.plan.approximated}
@@ -90,6 +92,11 @@ class World:
         self.plan = plan
         self.adopted.append(plan)
 
+    def groups(self, table: NoiseTable, before: Groups) -> Groups:
+        self.known.append(table)
+        new = self.worth.difference(*before)
+        return (*before, new) if new else before
+
     def replan(self, table: NoiseTable) -> Plan:
         return self._plan(table)
 
@@ -97,6 +104,7 @@ class World:
         self.asked.append(table)
         plans = [plan_of(a, b) for a in (*METHODS, None) for b in (*METHODS, None)]
         keys = {p: [(d.site, d.method, "{}") for d in p.approximated] for p in plans}
+        plans = [p for p in plans if table.entries.keys() >= set(keys[p])]
         limit = float("inf") if self.budget is None else self.budget
         legal = [p for p in plans if plan_noise(table, keys[p], {}).tau <= limit]  # type: ignore[arg-type]
         return min(legal, key=lambda p: self.score(p, table))
@@ -111,6 +119,7 @@ class World:
         key, page = self.controller.turn(step, self.weights, CPU)
         self.ran.append("probe" if isinstance(key, Probe) else "plan" if key else "exact")
         if isinstance(key, Probe):
+            self.probed.append(key)
             assert page is not None
             self._note(key, page)
         generator = torch.Generator().manual_seed(step)
@@ -167,10 +176,21 @@ def test_a_plan_stays_until_another_is_clearly_better() -> None:
     before = world.plan
     world.truth[0], world.truth[2] = 0.03, 0.01
     world.run(range(30, 60))
-    assert len(world.asked) > 1 and world.plan is before
+    assert len(world.asked) > 1 and world.plan == before
     world.truth[0], world.truth[1], world.truth[2], world.truth[3] = 0.01, 0.02, 0.01, 0.02
     world.run(range(60, 90))
     assert chosen(world.plan) == ("coarse", "coarse")
+
+
+def test_a_plan_that_stays_is_told_what_was_measured() -> None:
+    world = World(budget=0.3)
+    world.run(range(30))
+    before, adopted = world.plan, len(world.adopted)
+    world.run(range(30, 60))
+    assert world.plan == before and world.plan is world.adopted[-1] is not before
+    # It is no change, after which it would be measured alone.
+    assert len(world.adopted) == adopted + 1
+    assert [bool(probe.candidates) for probe in world.probed] == [True, False, False] * 2
 
 
 def test_a_broken_budget_changes_the_plan() -> None:
@@ -262,6 +282,51 @@ def test_a_resumed_controller_decides_the_same(stop: int) -> None:
     assert first.ran + second.ran == whole.ran
     assert second.plan == whole.plan
     assert second.controller.measured == whole.controller.measured
+
+
+def test_what_comes_back_is_measured_beside_what_was_measured_before() -> None:
+    world = World(budget=0.3)
+    world.worth = frozenset({0, 2})
+    world.run(range(FULL + CHECK))
+    assert chosen(world.plan) == ("fine", "fine")
+    assert world.known == [NoiseTable()]
+    # The same probe again, which is compiled, and another for what is new.
+    world.worth = frozenset({1, 2})
+    world.run(range(FULL + CHECK, 60))
+    of_candidates = [sorted(probe.candidates) for probe in world.probed if probe.candidates]
+    assert of_candidates == [[0, 2], [0, 2], [1]]
+    assert world.known[1] is not world.known[0] and len(world.known[1].entries) == 2
+    assert chosen(world.plan) == ("coarse", "fine")
+
+
+@pytest.mark.parametrize("stop", [3, FULL + CHECK + 5, FULL + CHECK + 21, 40])
+def test_a_resumed_controller_measures_the_same(stop: int) -> None:
+    def world() -> World:
+        made = World(budget=0.3)
+        made.worth = frozenset({0, 2})
+        return made
+
+    whole, first, second = world(), world(), world()
+    for part, steps in ((whole, range(60)), (first, range(stop)), (second, range(stop, 60))):
+        if part is second:
+            part.controller.load_state_dict(json.loads(json.dumps(first.controller.state_dict())))
+        for step in steps:
+            part.worth = frozenset({0, 2} if step < FULL else {1, 2})
+            part.call(step)
+    assert first.probed + second.probed == whole.probed
+    assert second.plan == whole.plan
+
+
+def test_a_round_of_an_earlier_version_is_begun_anew() -> None:
+    first, second = World(budget=0.3), World(budget=0.3)
+    first.run(range(3))
+    state = first.controller.state_dict()
+    del state["groups"]
+    second.controller.load_state_dict(state)
+    second.run(range(3, 3 + FULL))
+    assert second.ran[0] == "probe" and second.controller.measured is None
+    second.call(3 + FULL)
+    assert second.controller.measured is not None
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s.pop("due"), lambda s: s["plan"].pop()])

@@ -202,6 +202,38 @@ def test_a_plan_with_forward_products_is_measured_without_them() -> None:
     assert "forward" in planned
 
 
+def test_candidates_that_lose_by_far_are_not_measured_and_the_report_says_so() -> None:
+    run = Training(methods=["int8", "crs"])
+    run.run(range(1))
+    before = run.session.plan
+    run.run(range(1, 2 * EVERY + 10))
+    assert before.approximated and run.session.plan.approximated == before.approximated
+    assert run.session.noise is not None
+    assert {method for _, method, _ in run.session.noise.table.entries} == {"int8"}
+    report = graphpass.Report.from_json(graphpass.reports()[-1].to_json())
+    (row,) = (row for row in report.rows if row.site == "head:weight")
+    assert row.prediction is not None and row.prediction.noise_source == "measured"
+    (sampled,) = (text for text in row.prediction.others if text.startswith("crs"))
+    assert "prior none; not measured, as another way takes no longer" in sampled
+
+
+def test_a_plan_that_stays_keeps_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its schedule needs as many as there may be."""
+    schedule = graphpass.Schedule(rule=lambda layer, step: layer == 1 + step % 2)
+    run = Training(schedule=schedule, max_variants=2)
+    run.run(range(FIRST))
+    compiled = list[object]()
+    original = variants.RewritePass
+
+    def rewriting(*args: Any) -> Any:
+        compiled.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(variants, "RewritePass", rewriting)
+    run.run(range(FIRST, 3 * EVERY + 10))
+    assert run.session.noise is not None and not compiled
+
+
 def test_nothing_is_measured_where_sizes_are_dynamic() -> None:
     model = Net()
     options: dict[str, Any] = {"budget": 1.0, "methods": ["int8"]}
