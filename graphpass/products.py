@@ -136,7 +136,7 @@ def named_operands(graph: Graph, replacement: Replacement, operands: Operands) -
     """
     site, found = replacement.site, dict(operands)
     names = replacement.method.operands(site, replacement.params)
-    if not set(names) <= set(found):
+    if set(names) & set(FACTORS):
         # Nodes keep their names where what computes them is replaced.
         nodes = {node.name: node for node in graph.nodes if node.name in site.factors}
         if set(nodes) != set(site.factors):

@@ -99,7 +99,7 @@ def test_training_by_a_recipe(tmp_path: Path) -> None:
     rows = {(row["where"], row["gradient"]): row for row in report["rows"]}
     assert rows["fc1", "forward"]["method"] == "exact"
     assert rows["fc2", "forward"]["params"]["keep"] == 0.4
-    assert rows["fc2", "input"]["params"]["keep"] == 0.05
+    assert rows["fc2", "input"]["params"]["again"] == 0.05
 
 
 def test_recipes_are_checked(tmp_path: Path) -> None:
