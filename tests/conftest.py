@@ -55,6 +55,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     # Inductor would compile a file for each set of vector instructions, to see whether it can.
     os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+    if not torch.cuda.is_available():
+        # Where Triton is installed, Inductor would start processes that compile it for no GPU.
+        os.environ["TORCH_WARM_POOL"] = "0"
     if hasattr(config, "workerinput"):
         # A worker of pytest-xdist inherits the environment, and so shares the caches.
         return
