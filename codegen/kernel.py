@@ -63,8 +63,9 @@ class Kernel:
         schema: arguments and results as `torch.library` writes them.
         reference: plain and obvious torch: the meaning, and what runs where no kernel can.
         fake: allocates the results, uninitialised.
-        emit_cpp: returns the source specialised to the arguments, or why there is none.
         samples: arguments for the contract tests.
+        emit_cpp: returns the source specialised to the arguments, or why there is none. Left out
+            where a CPU is served best by the reference: plain torch and the vendor's library.
         emit_triton: the same for a GPU.
     """
 
@@ -72,8 +73,8 @@ class Kernel:
     schema: str
     reference: Callable[..., Result]
     fake: Callable[..., Result]
-    emit_cpp: Callable[..., Source | str]
     samples: Callable[[], tuple[Sample, ...]]
+    emit_cpp: Callable[..., Source | str] | None = None
     emit_triton: Callable[..., Program | str] | None = None
 
     @property
@@ -148,7 +149,7 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
     tools = build.toolchain()
     if isinstance(tools, str):
         return tools
-    source = kernel.emit_cpp(*args)
+    source = cpp_source(kernel, *args)
     if isinstance(source, str):
         return source
     build.start(source.text)
@@ -169,6 +170,13 @@ def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
         outputs = (results,) if isinstance(results, Tensor) else results
         tensors = [arg for arg in (*args, *outputs) if isinstance(arg, Tensor)]
         listener(kernel.name, program, tensors)
+
+
+def cpp_source(kernel: Kernel, *args: Any) -> Source | str:
+    """Return the C++ for these arguments, or why there is none."""
+    if kernel.emit_cpp is None:
+        return f"{kernel.name} is not written in C++"
+    return kernel.emit_cpp(*args)
 
 
 def triton_program(kernel: Kernel, *args: Any) -> Program | str:
@@ -226,7 +234,7 @@ class _Runner:
     def _prepare(self, args: tuple[Any, ...]) -> tuple[build.Launch, int] | None:
         if unavailable(self.kernel, *args) is not None:
             return None
-        source = self.kernel.emit_cpp(*args)
+        source = cpp_source(self.kernel, *args)
         assert isinstance(source, Source), source
         try:
             return build.start(source.text).result(), source.scratch_bytes

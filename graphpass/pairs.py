@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.kernel import call, kernels, unavailable
 from graphpass.rows import pixel_energy, rows_of, sampled, weighted
 from graphpass.site import ConvGeometry, Gradient, Site
 
@@ -77,15 +78,26 @@ class MatrixPairs(Pairs):
         return norm(left, (1,)) * norm(right, (2,))
 
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
-        """Return the product of the gathered columns and rows."""
-        del narrow
+        """Return the product of the named columns and rows, which are gathered on a CPU."""
         left, right = self._factors()
+        single = self.site.op in {"mm", "addmm"}
+        if single and left.device.type == "cuda" and self.site.gradient is Gradient.WEIGHT:
+            # Few results and long sums, which only this kernel shares out among processors.
+            return PixelPairs(self.site, self.template, self.operands).sampled(
+                index, weight, narrow
+            )
+        if single:
+            one, none = [1, 1], [0, 0]
+            operands = left[0][..., None, None], right[0].t()[..., None, None]
+            size = [*self.template.shape, 1, 1]
+            args = (*operands, index, weight, size, one, none, one, 1, True)
+            if unavailable(kernels()["sampled_channels"], *args) is None:
+                product: Tensor = kernels()["sampled_channels"].op(*args)
+                return product[..., 0, 0]
         columns, rows = take(left, index, 2), take(right, index, 1)
         if weight is not None:
             columns = (columns * weight[:, None, :]).to(left.dtype)
-        if self.site.op in {"mm", "addmm"}:
-            return torch.mm(columns[0], rows[0])
-        return torch.bmm(columns, rows)
+        return torch.mm(columns[0], rows[0]) if single else torch.bmm(columns, rows)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the product of weighted columns and all rows."""
@@ -120,15 +132,22 @@ class ChannelPairs(Pairs):
         return channels * norm(filters, others)
 
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
-        """Return the convolution of the gathered channels with the gathered filters."""
+        """Return the convolution of the named channels."""
         del narrow
-        first, second = self.operands
-        filters, axis = self._filters()
-        taken = take(filters, index, axis)
-        if weight is not None:
-            # The smaller operand is weighted.
-            taken = (taken * along(weight, taken, axis)).to(second.dtype)
-        return self._convolve(channels_of(first, index), laid_out(taken.flatten(0, 1), second))
+        conv = geometry_of(self.site)
+        # A transposed convolution's forward product is an input gradient, and the other way round.
+        forward = (self.site.gradient is Gradient.FORWARD) is not conv.transposed
+        axes = map(list, (self.template.shape, conv.stride, conv.padding, conv.dilation))
+        result: Tensor = call(
+            kernels()["sampled_channels"],
+            *self.operands,
+            index,
+            weight,
+            *axes,
+            conv.groups,
+            forward,
+        )
+        return result
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the convolution with all filters, weighted."""

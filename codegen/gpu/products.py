@@ -2,10 +2,12 @@
 
 A tile is BM pixels of the result by BN of its channels. What is contracted is taps and channels,
 tap by tap: for a tap, the pixels that a tile reads are the tile's own, moved. The operand has a
-border, so that no tap falls outside. An input gradient with stride S is S x S problems, one for
-each remainder of the pixel's coordinates, and each of them knows the few taps that reach it.
-The weights are put in the order [channel of the result, tap, contracted channel] first, unless
-they have it: tensor cores want bytes that are contracted to be neighbours.
+border, so that no tap falls outside, or is read where it lies, and what falls outside is 0. An
+input gradient with stride S is S x S problems, one for each remainder of the pixel's coordinates,
+and each of them knows the few taps that reach it. The weights are put in the order [channel of the
+result, tap, contracted channel] first, unless they have it: tensor cores want bytes that are
+contracted to be neighbours. A `Form` says which channels are contracted, and what becomes of the
+weights on the way.
 """
 
 from dataclasses import dataclass
@@ -29,8 +31,8 @@ class Product:
 
     Attributes:
         result: where it is put: [B, N, height, width], meta.
-        contracted: channels that are contracted, all groups.
-        operand: height and width of the other operand, border included.
+        contracted: channels of the other operand, all groups.
+        operand: its height and width, border included.
         before: its border before the first row and column.
         weight_strides: of the weight, as [Co, Ci/groups, KH, KW].
         kernel: the kernel's spatial sizes.
@@ -41,6 +43,9 @@ class Product:
         forward: whether this is a forward product, not an input gradient.
         dtype: of both operands; int8 for bytes, which have scales.
         zero: the byte that stands for zero.
+        operand_strides: of the other operand, [B, C, H, W]; None for channels last.
+        bordered: whether no tap falls outside.
+        taken: how many channels of a group are contracted; None for all.
     """
 
     result: Tensor
@@ -56,11 +61,19 @@ class Product:
     forward: bool
     dtype: torch.dtype
     zero: int = 0
+    operand_strides: tuple[int, ...] | None = None
+    bordered: bool = True
+    taken: int | None = None
+
+    @property
+    def own(self) -> int:
+        """Channels of the other operand, of a group."""
+        return self.contracted // self.groups
 
     @property
     def depth(self) -> int:
         """Contracted channels of a group."""
-        return self.contracted // self.groups
+        return self.own if self.taken is None else self.taken
 
     @property
     def arranged(self) -> bool:
@@ -71,10 +84,43 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What one kind of product puts into the common text.
+
+    Attributes:
+        text: the functions `channel_of`, of the operand, and `filter_of`, of the weight: the n-th
+            that is contracted.
+        channels: names of tensors that the first takes at its end.
+        filters: names of those that the second takes.
+    """
+
+    text: str
+    channels: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+
+
+# All channels, with weights as they are.
+PLAIN = Form(
+    """
+@triton.jit
+def channel_of(number, group, inside):
+    return number
+
+
+@triton.jit
+def filter_of(at, number, group, inside):
+    return tl.load(at + number * W_K, mask=inside)
+
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """Emitted pieces of a program: constants, kernels, lines of `run`, scratch memory.
 
-    The lines name `operand`, `weight`, `scales` (a tuple, empty for floats), `out` and `arranged`.
+    The lines name `operand`, `weight`, `scales` (a tuple, empty for floats), the tensors of the
+    form, `out` and `arranged`.
     """
 
     constants: dict[str, Any]
@@ -83,7 +129,7 @@ class Parts:
     scratch: tuple[gpu.Scratch, ...]
 
 
-def emit(problem: Product) -> Parts | str:
+def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
     """Return the pieces of the program for a product, or why there are none."""
     result, groups = problem.result, problem.groups
     batch, channels, *size = (int(number) for number in result.shape)
@@ -95,25 +141,30 @@ def emit(problem: Product) -> Parts | str:
     tile = tiles(batch * phases[0]["ROWS"] * phases[0]["COLUMNS"], columns)
     least, most = _DEPTHS[problem.dtype.itemsize]
     tile["BK"] = gpu.power(depth, least, most)
-    operand = batch * prod(problem.operand) * problem.contracted
+    sizes = (batch, problem.contracted, *problem.operand)
+    operand_strides = problem.operand_strides or _channels_last(sizes)
+    reach = 1 + sum((n - 1) * step for n, step in zip(sizes, operand_strides, strict=True))
     maps = max(*problem.kernel, *problem.operand) > 1
+    whole = depth % tile["BK"] == 0
     strides = problem.weight_strides
     constants: dict[str, Any] = {
-        "B": batch, "N": columns, "DEPTH": depth, "GROUPS": groups, "TAPS": taps,
-        "KW": problem.kernel[1], "HEIGHT": problem.operand[0], "WIDTH": problem.operand[1],
-        "CONTRACTED": problem.contracted, "ARRANGED": channels * taps * depth,
+        "B": batch, "N": columns, "DEPTH": depth, "OWN": problem.own, "GROUPS": groups,
+        "TAPS": taps, "KW": problem.kernel[1],
+        "HEIGHT": problem.operand[0], "WIDTH": problem.operand[1], "BORDERED": problem.bordered,
+        "ARRANGED": channels * taps * depth,
         "WALK_Y": problem.stride[0] if problem.forward else 1,
         "WALK_X": problem.stride[1] if problem.forward else 1,
         "OUT_Y": 1 if problem.forward else problem.stride[0],
         "OUT_X": 1 if problem.forward else problem.stride[1],
+        **{f"OS{axis}": step for axis, step in enumerate(operand_strides)},
         **{f"WS{axis}": step for axis, step in enumerate(strides)},
         **gpu.strides("RS", result), **tile,
         "N_TILES": gpu.ceil_div(columns, tile["BN"]),
-        "WHOLE": depth % tile["BK"] == 0, "ZERO": problem.zero,
+        "WHOLE": whole, "FREE": whole and problem.bordered, "ZERO": problem.zero,
         "BYTES": problem.dtype is torch.int8,
         "SUM": "tl.int32" if problem.dtype is torch.int8 else "tl.float32",
         "PRECISION": gpu.precision(problem.dtype, maps),
-        "INDEX": gpu.index_type(result, operand, channels * taps * depth),
+        "INDEX": gpu.index_type(result, reach, channels * taps * depth),
     }  # fmt: skip
     # The weight's two channel axes: that of the result, and that which is contracted.
     inner, outer = ("WS0", "WS1") if problem.forward else ("WS1", "WS0")
@@ -123,25 +174,38 @@ def emit(problem: Product) -> Parts | str:
     lines: list[str] = []
     scratch: tuple[gpu.Scratch, ...] = ()
     filters = "weight"
-    if not problem.arranged:
+    of_channels, of_filters = (
+        "".join(f", {name}" for name in names) for names in (form.channels, form.filters)
+    )
+    if form is not PLAIN or not problem.arranged:
         dtype = torch.uint8 if problem.dtype is torch.int8 else problem.dtype
         scratch = (gpu.Scratch(channels * taps * depth, dtype),)
-        lines.append("arrange[(triton.cdiv(ARRANGED.value, 1024),)](weight, arranged)")
+        grid = "(triton.cdiv(ARRANGED.value, 1024),)"
+        lines.append(f"arrange[{grid}](weight{of_filters}, arranged)")
         filters = "arranged"
     for phase in phases:
         pixels = batch * phase["ROWS"] * phase["COLUMNS"]
-        grid = gpu.ceil_div(pixels, tile["BM"]) * constants["N_TILES"]
+        programs = gpu.ceil_div(pixels, tile["BM"]) * constants["N_TILES"]
         # Parameters, not constants: the interpreter divides loop counters by nothing but numbers.
         numbers = {**phase, "BLOCKS": gpu.ceil_div(depth, tile["BK"])}
         given = ", ".join(f"{name}={value}" for name, value in numbers.items())
         warps = 8 if tile["BM"] * tile["BN"] >= 128 * 128 else 4
         lines.append(
-            f"product[({grid}, {groups})](\n        operand, {filters}, *scales, out, "
+            f"product[({programs}, {groups})](\n"
+            f"        operand, {filters}, *scales{of_channels}, out, "
             f"{given}, num_warps={warps}, num_stages={4 if tile['BM'] < 128 else 3}\n    )"
         )
-    text = (_BYTES if problem.dtype is torch.int8 else _FLOATS) + _TEXT
+    text = (_BYTES if problem.dtype is torch.int8 else _FLOATS) + form.text + _TEXT
     scales = ", first_scale, second_scale" if problem.dtype is torch.int8 else ""
-    return Parts(constants, text.replace(", SCALES", scales), lines, scratch)
+    names = {", SCALES": scales, ", CHANNELS": of_channels, ", FILTERS": of_filters}
+    for place, given_names in names.items():
+        text = text.replace(place, given_names)
+    return Parts(constants, text, lines, scratch)
+
+
+def _channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    _, channels, height, width = sizes
+    return height * width * channels, 1, width * channels, channels
 
 
 def tiles(rows: int, columns: int) -> dict[str, int]:
@@ -202,11 +266,11 @@ def _input_axis(problem: Product, axis: int, length: int, rest: int) -> tuple[in
 
 _BYTES = """
 @triton.jit
-def read(at, inside):
+def read(at, mask, free: tl.constexpr):
     # With a zero point of 0 a byte is the number: it goes to the tensor cores as it is.
     if ZERO == 0:
         at = at.to(tl.pointer_type(tl.int8), bitcast=True)
-    byte = tl.load(at) if WHOLE else tl.load(at, mask=inside, other=ZERO)
+    byte = tl.load(at) if free else tl.load(at, mask=mask, other=ZERO)
     if ZERO == 0:
         return byte
     else:
@@ -221,8 +285,8 @@ def scaled(sum, first_scale, second_scale):
 
 _FLOATS = """
 @triton.jit
-def read(at, inside):
-    return tl.load(at) if WHOLE else tl.load(at, mask=inside, other=0.0)
+def read(at, mask, free: tl.constexpr):
+    return tl.load(at) if free else tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -233,18 +297,19 @@ def scaled(sum):
 
 _TEXT = """
 @triton.jit
-def arrange(weight, arranged):
+def arrange(weight, FILTERS, arranged):
     i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    inside = i < ARRANGED
     channel = i // (DEPTH * TAPS)
     tap = i // DEPTH % TAPS
-    at = channel // N * W_GROUP + channel % N * W_N + i % DEPTH * W_K
-    at += tap // KW * WS2 + tap % KW * WS3
-    tl.store(arranged + i, tl.load(weight + at, mask=i < ARRANGED), mask=i < ARRANGED)
+    at = channel // N * W_GROUP + channel % N * W_N + tap // KW * WS2 + tap % KW * WS3
+    value = filter_of(weight + at, i % DEPTH, channel // N, inside, FILTERS)
+    tl.store(arranged + i, value, mask=inside)
 
 
 @triton.jit
 def product(
-    operand, weight, SCALES, out,
+    operand, weight, SCALES, CHANNELS, out,
     ROWS: tl.constexpr, REST_Y: tl.constexpr, TAPS_Y: tl.constexpr, TAP_Y: tl.constexpr,
     NEXT_Y: tl.constexpr, AT_Y: tl.constexpr, MOVE_Y: tl.constexpr,
     COLUMNS: tl.constexpr, REST_X: tl.constexpr, TAPS_X: tl.constexpr, TAP_X: tl.constexpr,
@@ -259,19 +324,27 @@ def product(
     column = pixel % COLUMNS
     row = pixel // COLUMNS % ROWS
     image = (pixel // (COLUMNS * ROWS)).to(INDEX)
-    corner = (image * HEIGHT + row * WALK_Y + AT_Y) * WIDTH + column * WALK_X + AT_X
-    corner = corner * CONTRACTED + group * DEPTH
+    top = row * WALK_Y + AT_Y
+    side = column * WALK_X + AT_X
+    corner = image * OS0 + top * OS2 + side * OS3 + (group * OWN).to(INDEX) * OS1
     filters = (group * N + n % N) * (TAPS * DEPTH)
     sum = tl.zeros([BM, BN], dtype=SUM)
     for step in range(0, TAPS_Y * TAPS_X * BLOCKS):
         y = step // BLOCKS // TAPS_X
         x = step // BLOCKS % TAPS_X
-        channel = step % BLOCKS * BK + k
-        move = (y * (MOVE_Y * WIDTH) + x * MOVE_X) * CONTRACTED
+        number = step % BLOCKS * BK + k
+        inside = number < DEPTH
+        channel = channel_of(number, group, inside, CHANNELS)
+        move = y * (MOVE_Y * OS2) + x * (MOVE_X * OS3)
         tap = ((TAP_Y + y * NEXT_Y) * KW + TAP_X + x * NEXT_X) * DEPTH
-        inside = channel < DEPTH
-        left = read(operand + corner[:, None] + (move + channel)[None, :], inside[None, :])
-        right = read(weight + filters[None, :] + (tap + channel)[:, None], inside[:, None])
+        mask = inside[None, :]
+        if not BORDERED:
+            at_y = top + y * MOVE_Y
+            at_x = side + x * MOVE_X
+            seen = ((at_y >= 0) & (at_y < HEIGHT) & (at_x >= 0) & (at_x < WIDTH))[:, None]
+            mask = seen if WHOLE else seen & mask
+        left = read(operand + corner[:, None] + (move + channel * OS1)[None, :], mask, FREE)
+        right = read(weight + filters[None, :] + (tap + number)[:, None], inside[:, None], WHOLE)
         sum = tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=SUM)
     value = scaled(sum, SCALES).to(out.dtype.element_ty)
     at = image * RS0 + (row * OUT_Y + REST_Y) * RS2 + (column * OUT_X + REST_X) * RS3

@@ -1,0 +1,77 @@
+"""Forward products and input gradients of floats that lie anywhere, in Triton.
+
+Nothing is copied but the weights, which are put in the order of the product anyway: what a `Form`
+does to them costs no pass of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from codegen import int8
+from codegen.gpu import products
+from codegen.gpu import source as gpu
+
+
+def program(
+    name: str,
+    operand: Tensor,
+    weight: Tensor,
+    result: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    form: products.Form,
+    *,
+    forward: bool,
+    taken: int | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> gpu.Program | str:
+    """Return the program for two spatial axes.
+
+    Args:
+        name: of the primitive, whose tensors are operand, weight, those of the form's filters.
+        operand: the input [B, Ci, IH, IW]; for an input gradient the output gradient.
+        weight: [Co, Ci/groups, KH, KW].
+        result: what it fills, meta.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        form: which channels are contracted, with what weights.
+        forward: whether this is a forward product.
+        taken: how many channels of a group are contracted; None for all.
+        constants: what the form's text needs to know.
+    """
+    if operand.dim() != 4:
+        return f"no kernel for {operand.dim() - 2} spatial axes"
+    if (reason := gpu.unsupported(operand, weight)) is not None or operand.dtype != weight.dtype:
+        return reason or "operands of two types"
+    if 0 in (*operand.shape, *weight.shape, *result.shape, taken):
+        return "an operand is empty"
+    sizes, kernel = list(operand.shape[2:]), list(weight.shape[2:])
+    axes = (kernel, stride, padding, dilation)
+    border = (
+        int8.input_border(sizes, list(result.shape[2:]), *axes)
+        if forward
+        else int8.grad_border(list(result.shape[2:]), sizes, *axes)
+    )
+    problem = products.Product(
+        result, int(operand.shape[1]), (sizes[0], sizes[1]), [0, 0], weight.stride(), *axes, groups,
+        forward, operand.dtype, operand_strides=operand.stride(),
+        bordered=not any(map(any, border)), taken=taken,
+    )  # fmt: skip
+    parts = products.emit(problem, form)
+    if isinstance(parts, str):
+        return parts
+    tensors = ("operand", "weight", *form.filters, "out", *(("arranged",) if parts.scratch else ()))
+    run = (
+        f"def run({', '.join(tensors)}):",
+        "    scales = ()",
+        *(f"    {line}" for line in parts.lines),
+    )
+    about = gpu.about(name, operand=operand, weight=weight)
+    given = {**parts.constants, **(constants or {})}
+    return gpu.program(about, given, parts.text + "\n" + "\n".join(run), parts.scratch)
