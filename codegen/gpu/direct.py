@@ -1,7 +1,7 @@
-"""Forward products and input gradients of floats that lie anywhere, in Triton.
+"""Products of floats that are read where they lie, in Triton.
 
-Nothing is copied but the weights, which are put in the order of the product anyway: what a `Form`
-does to them costs no pass of its own.
+Nothing is copied but the weights of forward products and input gradients, which are put in the
+order of the product anyway: what a `Form` does to them costs no pass of its own.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from codegen import int8
-from codegen.gpu import products
+from codegen.gpu import products, weight_gradient
 from codegen.gpu import source as gpu
 
 
-def program(
+def product_program(
     name: str,
     operand: Tensor,
     weight: Tensor,
@@ -45,12 +45,8 @@ def program(
         taken: how many channels of a group are contracted; None for all.
         constants: what the form's text needs to know.
     """
-    if operand.dim() != 4:
-        return f"no kernel for {operand.dim() - 2} spatial axes"
-    if (reason := gpu.unsupported(operand, weight)) is not None or operand.dtype != weight.dtype:
-        return reason or "operands of two types"
-    if 0 in (*operand.shape, *weight.shape, *result.shape, taken):
-        return "an operand is empty"
+    if (reason := _unsupported(operand, weight)) is not None or taken == 0:
+        return reason or "no channel is taken"
     sizes, kernel = list(operand.shape[2:]), list(weight.shape[2:])
     axes = (kernel, stride, padding, dilation)
     border = (
@@ -75,3 +71,50 @@ def program(
     about = gpu.about(name, operand=operand, weight=weight)
     given = {**parts.constants, **(constants or {})}
     return gpu.program(about, given, parts.text + "\n" + "\n".join(run), parts.scratch)
+
+
+def weight_gradient_program(
+    name: str,
+    grad: Tensor,
+    x: Tensor,
+    result: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    form: weight_gradient.Form,
+) -> gpu.Program | str:
+    """Return the program of a weight gradient over all pixels, for two spatial axes.
+
+    Args:
+        name: of the primitive, whose tensors are grad, x, those of the form.
+        grad: [B, Co, OH, OW].
+        x: [B, Ci, IH, IW].
+        result: what it fills, meta.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        form: what becomes of the operands.
+    """
+    if (reason := _unsupported(grad, x)) is not None:
+        return reason
+    problem = weight_gradient.Problem(
+        result, list(grad.shape), list(x.shape), grad.stride(), x.stride(), 0,
+        list(result.shape[2:]), stride, padding, dilation, groups, grad.dtype,
+    )  # fmt: skip
+    parts = weight_gradient.emit(problem, grad.numel() // grad.shape[1], form)
+    if isinstance(parts, str):
+        return parts
+    tensors = ("grad", "x", *form.operands, "out", "sums")
+    run = (f"def run({', '.join(tensors)}):", *(f"    {line}" for line in parts.lines))
+    about = gpu.about(name, grad=grad, x=x)
+    return gpu.program(about, parts.constants, parts.text + "\n".join(run), parts.scratch)
+
+
+def _unsupported(first: Tensor, second: Tensor) -> str | None:
+    if first.dim() != 4:
+        return f"no kernel for {first.dim() - 2} spatial axes"
+    if (reason := gpu.unsupported(first, second)) is not None or first.dtype != second.dtype:
+        return reason or "operands of two types"
+    return "an operand is empty" if 0 in (*first.shape, *second.shape) else None

@@ -118,7 +118,7 @@ def emit_triton(
     form = products.Form(text.replace(", TENSORS", given), ("index",), names)
     steps = (0, 0) if factors is None else factors.stride()
     constants = dict(zip(("IS0", "IS1", "FS0", "FS1"), (*index.stride(), *steps), strict=True))
-    return direct.program(
+    return direct.product_program(
         "sampled_channels", operand, weight, dense.empty(size, operand.to("meta")), stride, padding,
         dilation, groups, form, forward=forward, taken=int(index.shape[1]), constants=constants,
     )  # fmt: skip
