@@ -61,15 +61,15 @@ def _added(method: Method) -> str:
 
 def _computed_by(method: Method) -> str:
     """Return in which languages there are kernels of ours for it."""
-    kinds = {
+    kinds = set(method.kernels) | {
         term.kind
         for gradient in method.gradients
         for term in method.cost(_site(gradient), method.params())
     }
     ours = [kernel for name, kernel in kernels().items() if name in kinds]
-    if not ours:
-        return _PLAIN
-    return "C++" if any(kernel.emit_triton is None for kernel in ours) else "C++, Triton"
+    cpp = any(kernel.emit_cpp is not None for kernel in ours)
+    triton = ours and all(kernel.emit_triton is not None for kernel in ours)
+    return ", ".join([*(["C++"] if cpp else [_PLAIN]), *(["Triton"] if triton else [])])
 
 
 def _site(gradient: Gradient) -> Site:

@@ -85,6 +85,7 @@ class Method:
         ladder: the parameters worth considering for a site; None for the default ones alone.
         prior: (site, params) -> what it is expected to add; None, or None returned, where nothing
             is known, and then the planner chooses it only once its noise was measured.
+        kernels: names of the kernels that compute it on a GPU, where a CPU has the vendor's.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Method:
     noise: Callable[..., Tensor] | None = None
     ladder: Callable[[Site], tuple[Any, ...]] | None = None
     prior: Callable[[Site, Any], Prior | None] | None = None
+    kernels: tuple[str, ...] = ()
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

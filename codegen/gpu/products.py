@@ -140,7 +140,8 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
     taps = prod(problem.kernel)
     tile = tiles(batch * phases[0]["ROWS"] * phases[0]["COLUMNS"], columns)
     least, most = _DEPTHS[problem.dtype.itemsize]
-    tile["BK"] = gpu.power(depth, least, most)
+    # Channels of a list have an address each: a deep tile's would not fit into registers.
+    tile["BK"] = gpu.power(depth, least, most if problem.taken is None else most // 2)
     sizes = (batch, problem.contracted, *problem.operand)
     operand_strides = problem.operand_strides or _channels_last(sizes)
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, operand_strides, strict=True))

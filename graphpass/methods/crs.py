@@ -105,5 +105,6 @@ register(
         lower=lower,
         samples=samples,
         noise=noise,
+        kernels=("sampled_channels",),
     )
 )

@@ -69,5 +69,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
+        kernels=("sampled_channels",),
     )
 )

@@ -12,7 +12,8 @@ dense, so all weights are updated and the choice can change from step to step.
 filter by their L1 norm (of activations, single values); "channel", whole input channels for all
 filters at once, by the L1 norm of their weights, or of their activations for dw. The last is a
 smaller dense product and fast; the others are masks and a dense product, which cost more than the
-exact one on hardware that multiplies zeros.
+exact one on hardware that multiplies zeros. On a GPU, values below a threshold are left out where
+the product reads them.
 
 Biased: what is left out has no share in the expectation. The error of top_K(v) is the norm of what
 is left out, the least of all tensors with K values. The threshold of single values is the K-th
@@ -27,6 +28,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from codegen import magnitude
+from codegen.kernel import call, kernels, unavailable
 from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import mover, product, vendor_kind
@@ -174,8 +177,10 @@ def lower(
 ) -> Tensor:
     """Return the product: a smaller one of the channels that are kept, or a masked one."""
     del seed, salt
-    if params.structure != "channel":
+    if _by_filter(site, params):
         return exact(site, template, first, second * _mask(site, params, second))
+    if params.structure != "channel":
+        return _of_large(site, template, first, second, _threshold(params, second))
     norms, _ = _channel_norms(site, second)
     index = norms.topk(_kept(norms.shape[1], params), dim=1).indices.sort(1).values
     if site.gradient is Gradient.FORWARD:
@@ -187,9 +192,37 @@ def lower(
     return OuterChannels(site, template, (first, second, second)).sampled(index, None, False)
 
 
+def _of_large(
+    site: Site, template: Tensor, first: Tensor, second: Tensor, threshold: Tensor
+) -> Tensor:
+    """Return the product without the second operand's values below the threshold, 0-d."""
+    weight = site.gradient is Gradient.WEIGHT
+    kernel = kernels()["masked_wgrad" if weight else "masked_product"]
+    conv = site.conv
+    if conv is not None:
+        sizes = map(list, (template.shape[2 * weight :], conv.stride, conv.padding, conv.dilation))
+        kind = () if weight else (site.gradient is Gradient.FORWARD,)
+        result: Tensor = call(kernel, first, second, threshold, *sizes, conv.groups, *kind)
+        return result
+    one, none = [1, 1], [0, 0]
+    matrices = (first.t(), second) if weight else (first, second.t())
+    maps = [matrix[..., None, None] for matrix in matrices]
+    args = (*maps, threshold, one if weight else [*template.shape, 1, 1], one, none, one, 1)
+    args = args if weight else (*args, True)
+    if unavailable(kernel, *args) is None:
+        result = kernel.op(*args)[..., 0, 0]
+        return result
+    return torch.mm(first, magnitude.large(second, threshold))
+
+
+def _by_filter(site: Site, params: Params) -> bool:
+    """Return whether whole filters of a weight are chosen."""
+    return params.structure == "filter" and site.gradient is not Gradient.WEIGHT
+
+
 def _mask(site: Site, params: Params, value: Tensor) -> Tensor:
     """Return 1 for the values that are kept and 0 for others."""
-    if params.structure == "filter" and site.gradient is not Gradient.WEIGHT:
+    if _by_filter(site, params):
         # [Co, Ci / groups, taps]; a linear layer's weight stands transposed in the forward product
         filters = value.flatten(2) if site.conv is not None else value[..., None]
         axis = 0 if site.conv is None and site.gradient is Gradient.FORWARD else 1
@@ -299,5 +332,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
+        kernels=("masked_product", "masked_wgrad", "sampled_channels"),
     )
 )
