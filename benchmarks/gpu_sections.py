@@ -42,7 +42,7 @@ RESNET50 = (
     (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METHODS = ("int8", "pixels", "prune", "topk")
+METHODS = ("int8", "phase", "pixels", "prune", "topk")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -70,7 +70,8 @@ class Form:
     """What one kind of weight gradient puts into the common text.
 
     Attributes:
-        text: the functions `pixel_of`, `left_of`, `right_of` and `finished`.
+        text: the functions `pixel_of`, `left_of`, `right_of` and `finished`. The first may return a
+            negative number for a pixel that does not exist.
         operands: names of tensors that the first three take at their end.
         finish: names of those that the last takes.
     """
@@ -241,6 +242,7 @@ def product(grad, x, OPERANDS, sums):
         number = (tl.program_id(1) * STEPS + step) * BK + tl.arange(0, BK)
         inside = number < PIXELS
         pixel = pixel_of(number, inside, OPERANDS)
+        inside = inside & (pixel >= 0)
         image = pixel // (OH * OW)
         row = pixel // OW % OH
         line = pixel % OW

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp
-from codegen.gpu import source as gpu
+from codegen.gpu.top_patches import top_patches_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
 aten = torch.ops.aten
@@ -114,91 +114,6 @@ def emit_cpp(
     kept = batch * out_channels * k
     return Source(cpp.source(constants, _BODY), scratch_bytes=8 * kept)
 
-
-def emit_triton(
-    grad: Tensor,
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    k: int,
-    scale: float,
-) -> gpu.Program | str:
-    """Return the Triton for two spatial axes and one value a map."""
-    if len(kernel) != 2 or k != 1:
-        return f"no Triton for {len(kernel)} spatial axes" if k == 1 else f"no Triton for k={k}"
-    if (reason := gpu.unsupported(grad, x)) is not None or grad.dtype != x.dtype:
-        return reason or "operands of two types"
-    batch, out_channels, height, width = grad.shape
-    result = fake(
-        grad.to("meta"), x.to("meta"), kernel, stride, padding, dilation, groups, k, scale
-    )
-    columns = result.shape[1] * kernel[0] * kernel[1]
-    constants = {
-        "B": batch, "CO": out_channels, "OG": out_channels // groups, "CG": result.shape[1],
-        "OW": width, "POSITIONS": height * width, "IH": x.shape[2], "IW": x.shape[3],
-        "KW": kernel[1], "SH": stride[0], "SW": stride[1], "PH": padding[0], "PW": padding[1],
-        "DH": dilation[0], "DW": dilation[1], "SCALE": float(scale), "COLUMNS": columns,
-        "P": gpu.power(height * width, 1, 64), "ACROSS": gpu.power(out_channels, 1, 32),
-        "WIDE": gpu.power(columns, 1, 256), "IMAGES": gpu.power(batch, 1, 8),
-        "INDEX": gpu.index_type(grad, x),
-        **gpu.strides("GS", grad), **gpu.strides("XS", x), **gpu.strides("RS", result),
-    }  # fmt: skip
-    kept = batch * out_channels
-    scratch = (gpu.Scratch(kept, torch.int32), gpu.Scratch(kept))
-    return gpu.program(gpu.about("top_patches", grad=grad, x=x), constants, _TRITON, scratch)
-
-
-_TRITON = """
-@triton.jit
-def select(grad, position, total):
-    o = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
-    best = tl.zeros([ACROSS], dtype=tl.int64)
-    sum = tl.zeros([ACROSS], dtype=tl.float32)
-    for first in range(0, POSITIONS, P):
-        p = first + tl.arange(0, P)
-        at = tl.program_id(0).to(INDEX) * GS0 + p // OW * GS2 + p % OW * GS3
-        mask = (p < POSITIONS)[:, None] & (o < CO)[None, :]
-        value = tl.load(grad + at[:, None] + (o * GS1)[None, :], mask=mask, other=0.0)
-        value = value.to(tl.float32)
-        sum += tl.sum(value, axis=0)
-        # The bits of magnitudes are in the order of the magnitudes, NaN on top; below them the
-        # position, so that of equal ones the first wins.
-        size = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
-        best = tl.maximum(best, tl.max((size << 32) | (0x7FFFFFFF - p)[:, None], axis=0))
-    at = tl.program_id(0) * CO + o
-    tl.store(position + at, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), mask=o < CO)
-    tl.store(total + at, sum, mask=o < CO)
-
-
-@triton.jit
-def gather(x, position, total, out):
-    o = tl.program_id(0)
-    column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    tap = column // CG
-    channel = o // OG * CG + column % CG
-    sum = tl.zeros([IMAGES, WIDE], dtype=tl.float32)
-    for first in range(0, B, IMAGES):
-        image = first + tl.arange(0, IMAGES)
-        p = tl.load(position + image * CO + o, mask=image < B, other=0)
-        weight = tl.load(total + image * CO + o, mask=image < B, other=0.0)
-        y = (p // OW * SH - PH)[:, None] + (tap // KW * DH)[None, :]
-        z = (p % OW * SW - PW)[:, None] + (tap % KW * DW)[None, :]
-        mask = (image < B)[:, None] & (column < COLUMNS)[None, :]
-        mask = mask & (y >= 0) & (y < IH) & (z >= 0) & (z < IW)
-        at = image.to(INDEX)[:, None] * XS0 + y * XS2 + z * XS3 + (channel * XS1)[None, :]
-        sum += weight[:, None] * tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    value = tl.sum(sum, axis=0) * SCALE
-    at = o * RS0 + column % CG * RS1 + tap // KW * RS2 + tap % KW * RS3
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=column < COLUMNS)
-
-
-def run(grad, x, out, position, total):
-    select[(B.value, triton.cdiv(CO.value, ACROSS.value))](grad, position, total)
-    gather[(CO.value, triton.cdiv(COLUMNS.value, WIDE.value))](x, position, total, out)
-"""
 
 _BODY = r"""
 constexpr long POSITIONS = OH * OW, CG = CI / GROUPS, OG = CO / GROUPS;

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from codegen import draws as random_draws
-from codegen.kernel import call, kernels
+from codegen import phases
+from codegen.kernel import call, kernels, unavailable
 from cost_model import Dim, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import product
@@ -131,63 +132,50 @@ def reject(site: Site, params: Params) -> Rejected | None:
 def lower(
     site: Site, params: Params, template: Tensor, seed: Tensor, salt: int, grad: Tensor, x: Tensor
 ) -> Tensor:
-    """Return the estimate; the phase enters as a list of pixels, of one length for all phases.
+    """Return the estimate, by a kernel that knows the pixels of a phase, or by a list of them.
 
-    As a dense problem for the vendor's operator, with g and x copied from the drawn offset on, it
-    took at least twice as long in channels_last (one AVX-512 core, 16 to 512 channels).
+    The list has one length for all phases. As a dense problem for the vendor's operator, with g and
+    x copied from the drawn offset on, it took at least twice as long in channels_last (one AVX-512
+    core, 16 to 512 channels).
     """
     rows = rows_of(site, grad, x)
     number = params.down * params.across
     phase = (random_draws.uniform(seed, 1, salt) * number).long()
-    index, inside = _pixels(rows, params, phase)
-    weight = inside.to(torch.promote_types(grad.dtype, torch.float32)) * number
     center = sums = None
     if params.centered:
         center = channel_means(x)
         _, sums = call(kernels()["pixel_norms"], grad, *rows.geometry, 1)
+    kernel, grid = kernels()["phase_wgrad"], (params.down, params.across, params.staggered)
+    axes = (rows.kernel, rows.stride, rows.padding, rows.dilation)
+    args = (grad, x, phase, center, sums, *axes, rows.groups, *grid)
+    if unavailable(kernel, *args) is None:
+        dw: Tensor = kernel.op(*args)
+        return dw
+    index, inside = phases.pixels(list(grad.shape), phase, *grid)
+    weight = inside.to(torch.promote_types(grad.dtype, torch.float32)) * number
     return sampled(rows, index, weight, center, sums, template)
 
 
 def noise(site: Site, params: Params, grad: Tensor, x: Tensor) -> Tensor:
     """Return the variance over all outcomes."""
     rows = rows_of(site, grad, x)
-    phases = torch.arange(params.down * params.across, device=grad.device)
-    outcomes = torch.stack([_estimate(rows, params, phase[None]) for phase in phases])
+    numbers = torch.arange(params.down * params.across, device=grad.device)
+    outcomes = torch.stack([_estimate(rows, params, number[None]) for number in numbers])
     # Every pixel belongs to one outcome: their mean is the exact product.
-    return (outcomes - outcomes.mean(0)).square().sum() / len(phases)
+    return (outcomes - outcomes.mean(0)).square().sum() / len(numbers)
 
 
 def _taken(site: Site, params: Params) -> Dim:
     """Return how many rows are read: those of the largest phase."""
     batch, _, height, width = site.shapes[2]
-    return batch * -(-height // params.down) * -(-width // params.across)
-
-
-def _pixels(rows: Rows, params: Params, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flat numbers of the pixels of a phase, and which of them exist: [R], twice.
-
-    Args:
-        rows: the operands.
-        params: parameters of the method.
-        phase: int64 [1].
-    """
-    batch, _, height, width = rows.grad.shape
-    device = rows.grad.device
-    sample = torch.arange(batch, device=device)[:, None, None]
-    if params.staggered:
-        phase = (phase + sample) % (params.down * params.across)
-    down, across = -(-height // params.down), -(-width // params.across)
-    h = torch.arange(down, device=device)[:, None] * params.down + phase // params.across
-    w = torch.arange(across, device=device) * params.across + phase % params.across
-    # Where the map ends within a step, the last phases are smaller: the shape stays the largest.
-    inside = (h < height) & (w < width)
-    index = (sample * height + h.clamp(max=height - 1)) * width + w.clamp(max=width - 1)
-    return index.flatten(), inside.expand(batch, down, across).flatten()
+    rows, columns = phases.largest((height, width), params.down, params.across)
+    return batch * rows * columns
 
 
 def _estimate(rows: Rows, params: Params, phase: Tensor) -> Tensor:
     """Return the estimate for a phase, int64 [1], by exact products."""
-    index, inside = _pixels(rows, params, phase)
+    grid = (params.down, params.across, params.staggered)
+    index, inside = phases.pixels(list(rows.grad.shape), phase, *grid)
     factors = inside.to(rows.grad.dtype) * (params.down * params.across)
     count = rows.grad.numel() // rows.grad.shape[1]
     weights = torch.zeros(count, dtype=factors.dtype, device=factors.device)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,37 @@ def test_text_is_what_was_approved(kernel: Kernel, request: pytest.FixtureReques
         path.write_text(program.text, encoding="utf-8")
     assert program.text == path.read_text(encoding="utf-8")
     compile(program.text, str(path), "exec")
+
+
+def _larger(value: Any, batch: int) -> Any:
+    """Return an image, or the sizes of one, with so many samples that its elements are 2^31."""
+    if isinstance(value, Tensor) and value.dim() == 4 and value.shape[0] == batch:
+        last = value.stride(1) == 1
+        return torch.empty(
+            (1 + (1 << 31) // value[0].numel(), *value.shape[1:]), dtype=value.dtype, device="meta",
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )  # fmt: skip
+    if isinstance(value, list) and len(value) == 4 and value[0] == batch:
+        return [1 + (1 << 31) // prod(value[1:]), *value[1:]]
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("kernel", WRITTEN, ids=lambda kernel: kernel.name)
+def test_positions_beyond_31_bits_are_numbered_in_64(kernel: Kernel) -> None:
+    """Every image is large in turn; what a kernel does not number so, it refuses."""
+    assert kernel.emit_triton is not None
+    args = kernel.samples()[0].args()
+    shapes = [x.shape if isinstance(x, Tensor) else x for x in args]
+    sizes = [x for x in shapes if isinstance(x, list | torch.Size) and len(x) == 4]
+    for number, value in enumerate(args):
+        larger = _larger(value, sizes[0][0] if sizes else 0)
+        if larger is value or (isinstance(value, Tensor) and larger.shape == value.shape):
+            continue
+        program = kernel.emit_triton(*args[:number], larger, *args[number + 1 :])
+        if isinstance(program, Program):
+            assert "INDEX = tl.constexpr(tl.int64)" in program.text
+        else:
+            assert "too l" in program
 
 
 def _cuda(*shape: int) -> Tensor:
