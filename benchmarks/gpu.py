@@ -28,7 +28,7 @@ Record = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 KERNELS = (
     "absolute_max", "int8_round", "int8_forward", "int8_dgrad", "int8_wgrad", "sampled_wgrad",
-    "pixel_norms", "sample_rows", "top_patches", "pruned_dgrad", "pruned_wgrad",
+    "phase_wgrad", "pixel_norms", "sample_rows", "top_patches", "pruned_dgrad", "pruned_wgrad",
 )  # fmt: skip
 # In order of worth; three compile at a time, one measures.
 MODELS = (

@@ -1,9 +1,9 @@
 """Weight gradients as matrix products over output pixels, in Triton.
 
 A tile is BM output channels by BN columns; a column is a tap and an input channel, in that order.
-What is contracted is output pixels, all of them or those of a list, BK at a time. Few filters make
-few tiles: the pixels are shared out among SPLITS programs a tile, each writes its own sums, and
-another kernel adds them up in order, so that the same call gives the same bits.
+What is contracted is output pixels, all of them, those of a list or of a phase, BK at a time. Few
+filters make few tiles: the pixels are shared out among SPLITS programs a tile, each writes its own
+sums, and another kernel adds them up in order, so that the same call gives the same bits.
 """
 
 from dataclasses import dataclass

@@ -139,35 +139,45 @@ def test_text_is_what_was_approved(kernel: Kernel, request: pytest.FixtureReques
     compile(program.text, str(path), "exec")
 
 
-def _larger(value: Any, batch: int) -> Any:
-    """Return an image, or the sizes of one, with so many samples that its elements are 2^31."""
-    if isinstance(value, Tensor) and value.dim() == 4 and value.shape[0] == batch:
-        last = value.stride(1) == 1
-        return torch.empty(
-            (1 + (1 << 31) // value[0].numel(), *value.shape[1:]), dtype=value.dtype, device="meta",
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )  # fmt: skip
-    if isinstance(value, list) and len(value) == 4 and value[0] == batch:
-        return [1 + (1 << 31) // prod(value[1:]), *value[1:]]
-    return value.to("meta") if isinstance(value, Tensor) else value
+@pytest.mark.parametrize("kernel", WRITTEN, ids=lambda kernel: kernel.name)
+def test_nothing_is_added_in_the_order_of_arrival(kernel: Kernel) -> None:
+    """What programs share is summed by another launch, in order: the same call, the same bits."""
+    assert kernel.emit_triton is not None
+    for sample in kernel.samples():
+        program = kernel.emit_triton(*sample.args())
+        assert isinstance(program, str) or "atomic" not in program.text
+
+
+def _sizes(value: Any) -> list[int]:
+    """Return the shape that an argument has, or is."""
+    return [*value.shape] if isinstance(value, Tensor) else value if isinstance(value, list) else []
+
+
+def _with_samples(value: Any, batch: int, more: int) -> Any:
+    """Return an image, or the sizes of one, with more samples than `batch`; others as they are."""
+    sizes = _sizes(value)
+    if len(sizes) != 4 or sizes[0] != batch:
+        return value
+    if isinstance(value, list):
+        return [more, *sizes[1:]]
+    layout = torch.channels_last if value.stride(1) == 1 else torch.contiguous_format
+    large = torch.empty((more, *sizes[1:]), dtype=value.dtype, device="meta", memory_format=layout)
+    return large
 
 
 @pytest.mark.parametrize("kernel", WRITTEN, ids=lambda kernel: kernel.name)
 def test_positions_beyond_31_bits_are_numbered_in_64(kernel: Kernel) -> None:
-    """Every image is large in turn; what a kernel does not number so, it refuses."""
+    """Images of 2^31 elements; those that a kernel cannot number it refuses."""
     assert kernel.emit_triton is not None
     args = kernel.samples()[0].args()
-    shapes = [x.shape if isinstance(x, Tensor) else x for x in args]
-    sizes = [x for x in shapes if isinstance(x, list | torch.Size) and len(x) == 4]
-    for number, value in enumerate(args):
-        larger = _larger(value, sizes[0][0] if sizes else 0)
-        if larger is value or (isinstance(value, Tensor) and larger.shape == value.shape):
-            continue
-        program = kernel.emit_triton(*args[:number], larger, *args[number + 1 :])
+    images = [sizes for sizes in map(_sizes, args) if len(sizes) == 4]
+    for batch, *sizes in images[:1]:
+        more = 1 + (1 << 31) // prod(sizes)
+        program = kernel.emit_triton(*(_with_samples(value, batch, more) for value in args))
         if isinstance(program, Program):
             assert "INDEX = tl.constexpr(tl.int64)" in program.text
         else:
-            assert "too l" in program
+            assert "that are too" in program
 
 
 def _cuda(*shape: int) -> Tensor:
