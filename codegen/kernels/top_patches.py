@@ -273,6 +273,7 @@ def samples() -> tuple[Sample, ...]:
         _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half),
         _sample(3, (4, 33), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, memory_format=nchw),
         _sample(2, (3, 4), (5, 5), (3, 3), k=9),
+        _sample(3, (8, 6), (8, 8), (3, 3), (1, 1, 1, 2), k=4, dtype=half),
         _with(plain, not_a_number),
         # What a sum over the output hands back: one value, expanded.
         _with(plain, lambda grad, x: (grad[:, :1, :1, :1].expand(grad.shape), x)),
