@@ -11,7 +11,7 @@ from graphpass.site import Gradient
 
 
 def test_inductor_draws_in_one_kernel() -> None:
-    """Two hashes, a logarithm, a root and a cosine for every value: no kernel of ours beats it."""
+    """Two hashes, a logarithm, a root and a cosine for every value, and one store."""
     (analysis,) = analyses(nn.Conv2d(8, 16, 3, padding=1), torch.empty(4, 8, 8, 8))
     (site,) = (s for s in analysis.sites if s.gradient is Gradient.WEIGHT)
     method = get_method("random")
