@@ -26,7 +26,8 @@ from benchmarks.timing import write_results
 from benchmarks.training_step import BATCH, Case
 from examples import data
 from graphpass.measuring import table_of
-from graphpass.noise import NoiseTable, plan_noise
+from graphpass.noise import NoiseTable
+from graphpass.propagation import Propagation
 from graphpass.sheet import Probe
 from graphpass.sketch import Sketch, values_of
 from graphpass.variants import EXACT, Active
@@ -176,8 +177,8 @@ def _compare(run: Run, numbers: Active, local: NoiseTable, variance: float) -> d
             errors.append(float((run.gradients(batch) - exact).square().sum()))
     return {
         "measured": statistics.mean(errors) / variance,
-        "law": plan_noise(local, keys, names.reach).tau,
-        "corrected_law": plan_noise(corrected, keys, names.reach).tau,
+        "law": Propagation(local, names.reach).plan(keys).tau,
+        "corrected_law": Propagation(corrected, names.reach).plan(keys).tau,
         "probe": probed,
         "correction": corrected.correction,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphpass import prior
 from graphpass.capture import Analysis
+from graphpass.dependence import reach_of
 from graphpass.errors import Reason, Rejected
 from graphpass.method import Method, methods
 from graphpass.noise import NoiseTable, key_of
@@ -96,7 +97,7 @@ def menus(
     """
     offered = {site.id: ladder(site, names) for site in analysis.sites if site.id not in obstacles}
     table = prior.noise_table(analysis, offered) if noise is None else noise
-    propagation = Propagation(analysis, table)
+    propagation = Propagation(table, reach_of(analysis.flow, analysis.sites))
     found = [
         Menu(site, pricing.exact(site), obstacle=obstacles[site.id])
         if site.id in obstacles

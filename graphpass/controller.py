@@ -18,9 +18,10 @@ from torch import Tensor
 
 from graphpass.errors import ConfigError, Reason
 from graphpass.measuring import Measured, Names, Round, table_of
-from graphpass.noise import Key, NoiseTable, PlanNoise, key_of, plan_noise
+from graphpass.noise import Key, NoiseTable, PlanNoise, key_of
 from graphpass.plan import Decision, Plan
 from graphpass.planner import all_exact
+from graphpass.propagation import Propagation
 from graphpass.rescue import rescued
 from graphpass.sheet import Probe, Reading, Subject
 from graphpass.sketch import Sketch
@@ -300,7 +301,7 @@ class Controller:
     def _noise_of(self, plan: Plan) -> PlanNoise:
         known = self._table.entries
         chosen = [key for key in map(key_of_decision, plan.approximated) if key in known]
-        return plan_noise(self._table, chosen, self._names.reach)
+        return Propagation(self._table, self._names.reach).plan(chosen)
 
     # Resuming.
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from graphpass import joint_graph
+from graphpass.noise import Reach
 from graphpass.site import Gradient, Site
 
 # Edges from a place to one that it flows into. Fewer than a few for each site, also where residual
@@ -67,6 +68,15 @@ def reached(flow: Flow, sites: Sequence[Site]) -> dict[int, tuple[int, ...]]:
         wanted = () if site.gradient is Gradient.WEIGHT else weights
         result[number] = tuple(i for i in wanted if bits >> i & 1)
     return result
+
+
+def reach_of(flow: Flow, sites: Sequence[Site]) -> Reach:
+    """Return the weight gradients that each input gradient flows into, by the sites' ids."""
+    return {
+        sites[number].id: tuple(sites[i].id for i in found)
+        for number, found in reached(flow, sites).items()
+        if sites[number].gradient is Gradient.INPUT
+    }
 
 
 def _closure(flow: Flow) -> dict[int, int]:

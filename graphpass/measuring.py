@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from codegen import notes
-from graphpass.noise import Key, LocalNoise, NoiseTable, PlanNoise, Reach, plan_noise
+from graphpass.noise import Key, LocalNoise, NoiseTable, PlanNoise, Reach
+from graphpass.propagation import Propagation
 from graphpass.sheet import Probe, Reading, Sheet, Subject
 from graphpass.sketch import Sketch, values_of
 
@@ -292,7 +293,7 @@ def _corrected(
     # Forward products of the plan are no candidates: probes leave them exact.
     known = [names.candidates[n] for n in sorted(probe.plan) if n in names.candidates]
     chosen = [key for key in known if key in table.entries]
-    plain = plan_noise(replace(table, correction=1.0), chosen, names.reach)
+    plain = Propagation(replace(table, correction=1.0), names.reach).plan(chosen)
     supposed = plain.from_inputs * sum(table.variance.values())
     with_product = {position for ends in names.weights.values() for position in ends}
     arrived = sum(sum(reading.propagated) for reading in several) / len(several)

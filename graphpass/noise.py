@@ -6,14 +6,12 @@ adds. The number of steps to a given loss grows with tau = A / V and r = V / |E 
 1 + tau r / (1 + r) (McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
 arXiv:1812.06162: steps are proportional to 1 + r, and a plan makes 1 + tau times the noise).
 
-Errors of weight gradients stay where they are made, so their noise adds. The error of an input
-gradient flows on into every layer before it: a relative error of it is taken for the same
-relative error of all weight gradients that it reaches, times a factor that a probe measures.
+How the errors of single products make A is the law in `graphpass.propagation`.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
@@ -67,7 +65,7 @@ class NoiseTable:
     @property
     def ratio(self) -> float:
         """The noise of the batch against the gradient, r = V / |E g|^2."""
-        return _divided(sum(self.variance.values()), sum(self.square.values()))
+        return divided(sum(self.variance.values()), sum(self.square.values()))
 
     def scaled(self, factor: float) -> "NoiseTable":
         """Return the table with every candidate's noise multiplied."""
@@ -128,34 +126,13 @@ def key_of(site: str, method: str, params: Any) -> Key:
     return site, method, json.dumps(values, sort_keys=True)
 
 
-def plan_noise(table: NoiseTable, chosen: Iterable[Key], reach: Reach) -> PlanNoise:
-    """Return what a plan adds.
+def saturation(ratio: float) -> float:
+    """Return r / (1 + r): the part of the noise of a plan that the number of steps grows by.
 
     Args:
-        table: what is known of its candidates and of the batch.
-        chosen: the candidates that it uses; products not named are exact. Those of forward
-            products are left out: what they add is not linear.
-        reach: weight gradients that each input gradient flows into.
-
-    Raises:
-        KeyError: if a candidate is not in the table.
+        ratio: noise of the batch against the gradient, r = V / |E g|^2; may be infinite.
     """
-    local = inputs = bias = 0.0
-    for key in chosen:
-        entry, site = table.entries[key], key[0]
-        if site in reach:
-            reached = sum(
-                table.variance.get(w, 0.0) + table.square.get(w, 0.0) for w in reach[site]
-            )
-            inputs += table.correction * _divided(entry.noise, entry.square) * reached
-            bias += table.correction * _divided(entry.bias, entry.square) * reached
-        elif site in table.variance:
-            local += entry.noise
-            bias += entry.bias
-    variance, square = sum(table.variance.values()), sum(table.square.values())
-    return PlanNoise(
-        _divided(local + inputs, variance), _divided(inputs, variance), _divided(bias, square)
-    )
+    return 1.0 if math.isinf(ratio) else ratio / (1.0 + ratio)
 
 
 def steps_inflation(tau: float, ratio: float) -> float:
@@ -165,7 +142,14 @@ def steps_inflation(tau: float, ratio: float) -> float:
         tau: noise of the plan against that of the batch.
         ratio: noise of the batch against the gradient, V / |E g|^2; may be infinite.
     """
-    return 1.0 + tau * (1.0 if math.isinf(ratio) else ratio / (1.0 + ratio))
+    return 1.0 + tau * saturation(ratio)
+
+
+def divided(part: float, whole: float) -> float:
+    """Return the ratio: 0 of nothing, and infinity where there is something but nothing of it."""
+    if part == 0:
+        return 0.0
+    return part / whole if whole > 0 else math.inf
 
 
 def _table(record: Mapping[str, Any]) -> NoiseTable:
@@ -181,10 +165,3 @@ def _table(record: Mapping[str, Any]) -> NoiseTable:
     )
     source = str(record["source"])
     return NoiseTable(entries, variance, square, float(record["correction"]), source)
-
-
-def _divided(part: float, whole: float) -> float:
-    """Return the ratio: 0 of nothing, and infinity where there is something but nothing of it."""
-    if part == 0:
-        return 0.0
-    return part / whole if whole > 0 else math.inf

@@ -13,8 +13,9 @@ from typing import Any
 from graphpass import prior
 from graphpass.candidates import effect_of
 from graphpass.capture import Analysis
+from graphpass.dependence import reach_of
 from graphpass.frontier import Point
-from graphpass.noise import NoiseTable
+from graphpass.noise import NoiseTable, steps_inflation
 from graphpass.pricing import Pricing
 from graphpass.propagation import Propagation
 from graphpass.rewrite import Replacement
@@ -106,8 +107,7 @@ class Prediction:
         """Factor on the number of steps to the same loss, 1 + tau r / (1 + r); bias left out."""
         if self.tau is None:
             return None
-        growth = self.noise_ratio / (1 + self.noise_ratio) if self.square > 0 else 1.0
-        return 1 + self.tau * growth
+        return steps_inflation(self.tau, self.noise_ratio)
 
     @property
     def time_ratio(self) -> float | None:
@@ -160,7 +160,7 @@ def predict(
     table = noise or prior.noise_table(
         analysis, {name: [(r.method, r.params)] for name, r in planned.items()}
     )
-    propagation = Propagation(analysis, table)
+    propagation = Propagation(table, reach_of(analysis.flow, analysis.sites))
     rest_s, seen = pricing.rest().seconds, set[str]()
     sites = {}
     for site in analysis.sites:

@@ -1,22 +1,24 @@
-"""From the local noise of one product to the noise of the whole gradient.
+"""The law of noise: from the errors of single products to the noise of the whole gradient.
 
-The error of a weight gradient is an error of the gradient itself. That of an input gradient goes on
-to the layers before it: a relative error e in it becomes one of e in every weight gradient that it
-reaches, times a correction that is measured. That of a forward product becomes one of the whole
-gradient, without a correction. With V and S the variance and the square of the weight
-gradients, by layer, a plan adds
+With V = E|g - E g|^2 the noise of a mini-batch gradient, over all trained parameters, and S =
+|E g|^2 its square, approximations that add A = E|ĝ - g|^2 have tau = A / V, and squared bias is
+told against S. The error of a weight gradient is an error of the gradient itself. That of an input
+gradient goes on to the layers before it: a relative error e in it becomes one of e in every weight
+gradient that it reaches, times a correction that is measured. That of a forward product becomes one
+of the whole gradient, without a correction. So, with V_w and S_w those of single weight gradients,
 
-    tau  = [sum of noise + correction * sum over inputs of (noise / square) * (V + S reached)] / V,
-    bias = the same of `bias`, over S.
+    A = sum of noise of weight gradients
+      + correction * sum over input gradients of (noise / square) * (V_w + S_w reached)
+      + sum over forward products of (noise / square) * (V + S),
+
+and the squared bias is the same of `bias`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from graphpass.capture import Analysis
-from graphpass.dependence import reached
-from graphpass.noise import LocalNoise, NoiseTable
+from graphpass.noise import Key, LocalNoise, NoiseTable, PlanNoise, Reach, divided
 from graphpass.site import Gradient, Site
 
 
@@ -45,54 +47,74 @@ class Propagation:
         square: |E g|^2 of the whole gradient.
     """
 
-    def __init__(self, analysis: Analysis, table: NoiseTable) -> None:
+    def __init__(self, table: NoiseTable, reach: Reach) -> None:
         """Add up what every site reaches.
 
         Args:
-            analysis: what the graph holds.
-            table: what is known of its noise.
+            table: what is known of the graph's noise.
+            reach: weight gradients that each input gradient flows into.
         """
-        sites = analysis.sites
-        weights = [site.id for site in sites if site.gradient is Gradient.WEIGHT]
-        self.variance = math.fsum(table.variance.get(name, 0.0) for name in weights)
-        self.square = math.fsum(table.square.get(name, 0.0) for name in weights)
-        self._correction = table.correction
-        both = {
-            name: table.variance.get(name, 0.0) + table.square.get(name, 0.0) for name in weights
-        }
-        self._behind: Mapping[str, float] = {
-            sites[number].id: math.fsum(both[sites[i].id] for i in found)
-            for number, found in reached(analysis.flow, sites).items()
+        self.variance = math.fsum(table.variance.values())
+        self.square = math.fsum(table.square.values())
+        self._table = table
+        self._behind = {
+            site: math.fsum(table.variance.get(w, 0.0) + table.square.get(w, 0.0) for w in reached)
+            for site, reached in reach.items()
         }
 
     @property
     def noise_ratio(self) -> float:
         """The ratio r = V / |E g|^2; infinite where the gradient is nothing but noise."""
-        return _ratio(self.variance, self.square)
+        # Less than nothing is left of an estimate whose noise exceeds it.
+        return divided(self.variance, self.square)
 
     def effect(self, site: Site, local: LocalNoise) -> Effect | None:
         """Return what an approximation adds; None where that cannot be told.
 
         That is where a figure is not finite, and where the gradient has no noise to compare with:
-        every weight gradient is zero, or none is computed.
+        every parameter's gradient is zero, or none is computed.
         """
         if not self.variance > 0:
             return None
-        if site.gradient is Gradient.WEIGHT:
-            noise, bias = local.noise, local.bias
+        if site.gradient is Gradient.FORWARD:
+            noise, bias = _passed_on(local, self.variance + self.square)
         else:
-            forward = site.gradient is Gradient.FORWARD
-            gain = (1.0 if forward else self._correction) * self._behind[site.id]
-            noise = _ratio(local.noise, local.square) * gain if local.noise else 0.0
-            bias = _ratio(local.bias, local.square) * gain if local.bias else 0.0
+            noise, bias = self._added(site.id, local)
         # What is estimated as a difference may come out below zero.
         noise, bias = max(noise, 0.0), max(bias, 0.0)
-        result = Effect(_ratio(noise, self.variance), _ratio(bias, self.square))
+        result = Effect(divided(noise, self.variance), divided(bias, self.square))
         return result if math.isfinite(result.tau) and math.isfinite(result.bias) else None
 
+    def plan(self, chosen: Iterable[Key]) -> PlanNoise:
+        """Return what a plan adds.
 
-def _ratio(part: float, whole: float) -> float:
-    if part == 0:
-        return 0.0
-    # Less than nothing is left of an estimate whose noise exceeds it.
-    return part / whole if whole > 0 else math.inf
+        Args:
+            chosen: the candidates that it uses; products not named are exact. Those of forward
+                products are no part of it: they were never measured.
+
+        Raises:
+            KeyError: if a candidate is not in the table.
+        """
+        noise = inputs = bias = 0.0
+        for key in chosen:
+            site = key[0]
+            added, squared = self._added(site, self._table.entries[key])
+            noise += added
+            inputs += added if site in self._behind else 0.0
+            bias += squared
+        return PlanNoise(
+            divided(noise, self.variance),
+            divided(inputs, self.variance),
+            divided(bias, self.square),
+        )
+
+    def _added(self, site: str, local: LocalNoise) -> tuple[float, float]:
+        """Return noise and squared bias that come from an error of a gradient."""
+        if site not in self._behind:
+            return local.noise, local.bias
+        return _passed_on(local, self._table.correction * self._behind[site])
+
+
+def _passed_on(local: LocalNoise, behind: float) -> tuple[float, float]:
+    """Return noise and squared bias where a relative error becomes one of something else."""
+    return divided(local.noise, local.square) * behind, divided(local.bias, local.square) * behind

@@ -14,6 +14,7 @@ from itertools import chain, product
 from graphpass import prior
 from graphpass.candidates import Candidate, Menu, biases, layers_of
 from graphpass.capture import Analysis
+from graphpass.dependence import reach_of
 from graphpass.method import Prior
 from graphpass.noise import Key, LocalNoise, NoiseTable, key_of
 from graphpass.pricing import Pricing
@@ -62,7 +63,7 @@ class Shortlist:
             unknown: noise that a method without a prior is supposed to add in all layers.
         """
         base = table if table.variance else prior.noise_table(self.analysis, {})
-        propagation = Propagation(self.analysis, base)
+        propagation = Propagation(base, reach_of(self.analysis.flow, self.analysis.sites))
         found: dict[str, list[Candidate]] = {site.id: [] for site in self.analysis.sites}
         for offer in self.offers:
             local = base.entries.get(_key(offer)) or _supposed(offer, base, unknown)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from graphpass.budget import AccuracyDrop, Budget, Speedup
 from graphpass.errors import ConfigError
 from graphpass.frontier import Choice, Point, fastest, frontier, point_of, quietest
+from graphpass.noise import steps_inflation
 
 # The least predicted gain for which "auto" approximates anything: below it, predictions are no
 # better than a guess.
@@ -99,10 +100,8 @@ class Spending:
         )
 
     def _auto(self) -> Chosen:
-        growth = self.noise_ratio / (1 + self.noise_ratio) if self.noise_ratio < math.inf else 1.0
-
         def cost(point: Point) -> float:
-            return (self.rest_s + point.seconds) * (1 + growth * point.tau)
+            return (self.rest_s + point.seconds) * steps_inflation(point.tau, self.noise_ratio)
 
         def solve(layers: Layers) -> tuple[int, ...]:
             corners = frontier(layers)

@@ -14,7 +14,7 @@ from graphpass.budget import AccuracyDrop, Speedup
 from graphpass.candidates import ladder
 from graphpass.capture import Analysis
 from graphpass.controller import Controller, Groups, Policy, Subplan
-from graphpass.dependence import reached
+from graphpass.dependence import reach_of
 from graphpass.errors import ConfigError, Reason
 from graphpass.measuring import Names
 from graphpass.noise import NoiseTable, key_of
@@ -119,13 +119,8 @@ def names_of(
     weights: dict[str, tuple[int, ...]] = {}
     for number, position in analysis.ends:
         weights[sites[number].id] = (*weights.get(sites[number].id, ()), position)
-    reach = {
-        sites[number].id: tuple(sites[i].id for i in found)
-        for number, found in reached(analysis.flow, sites).items()
-        if sites[number].gradient is Gradient.INPUT
-    }
     keys = {i: key_of(r.site.id, r.method.name, r.params) for i, r in candidates.items()}
-    return Names(keys, parameters, weights, reach)
+    return Names(keys, parameters, weights, reach_of(analysis.flow, sites))
 
 
 def _groups(candidates: Mapping[int, Replacement], part: Part, pricing: Pricing) -> Groups:

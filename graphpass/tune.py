@@ -19,6 +19,7 @@ from codegen.cache import write_atomically
 from graphpass.budget import AccuracyDrop
 from graphpass.curve import Curve, fit
 from graphpass.errors import ConfigError
+from graphpass.noise import saturation
 from graphpass.options import Options
 from graphpass.plan import Plan
 
@@ -125,9 +126,9 @@ def tune(
     """
     base = _checked(budget, plan, trials, rounds, options)
     prediction = None if plan is None else plan.prediction
-    saturation = _SATURATION
+    share = _SATURATION
     if prediction is not None and prediction.square > 0:
-        saturation = prediction.noise_ratio / (1 + prediction.noise_ratio)
+        share = saturation(prediction.noise_ratio)
     taus = _points(plan, trials)
     log = _Log(path, {"taus": taus, "rounds": rounds, "options": repr(sorted(options.items()))})
     counts = [max(3, trials // _HALVING**number) for number in range(rounds)]
@@ -136,13 +137,13 @@ def tune(
         task = bar.add_task("tuning", total=sum(counts))
         for number, count in enumerate(counts):
             if number:
-                taus = _nearest(taus, _curve(log.trials, saturation).tau_for(budget.points), count)
+                taus = _nearest(taus, _curve(log.trials, share).tau_for(budget.points), count)
             for tau in taus:
                 bar.update(task, description=f"round {number + 1} of {rounds}, tau {tau:.3g}")
                 length = 1 / _HALVING ** (rounds - 1 - number)
                 log.run(train, Trial(number, tau, length, base.seed + number, None), base)
                 bar.advance(task)
-    curve = _curve(log.trials, saturation)
+    curve = _curve(log.trials, share)
     chosen = Options.from_dict({**options, "budget": AccuracyDrop(budget.points, curve)})
     return Tuned(chosen, curve, tuple(log.trials))
 

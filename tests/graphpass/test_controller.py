@@ -13,8 +13,9 @@ from codegen import notes
 from graphpass import ConfigError, controller, measuring, variants
 from graphpass.controller import Controller, Groups, Policy, Subplan
 from graphpass.measuring import Names
-from graphpass.noise import NoiseTable, plan_noise
+from graphpass.noise import NoiseTable
 from graphpass.plan import Decision, Plan
+from graphpass.propagation import Propagation
 from graphpass.sheet import Probe, Subject
 from graphpass.sketch import Sketch
 from graphpass.variants import EXACT
@@ -106,7 +107,7 @@ class World:
         keys = {p: [(d.site, d.method, "{}") for d in p.approximated] for p in plans}
         plans = [p for p in plans if table.entries.keys() >= set(keys[p])]
         limit = float("inf") if self.budget is None else self.budget
-        legal = [p for p in plans if plan_noise(table, keys[p], {}).tau <= limit]  # type: ignore[arg-type]
+        legal = [p for p in plans if Propagation(table, {}).plan(keys[p]).tau <= limit]  # type: ignore[arg-type]
         return min(legal, key=lambda p: self.score(p, table))
 
     def score(self, plan: Plan, table: NoiseTable) -> float:

@@ -1,13 +1,12 @@
-"""The law of noise: what plans add, worked out from tables."""
+"""Tables of noise, and what noise does to the number of steps."""
 
 import math
-from dataclasses import replace
 
 import pytest
 
 from graphpass import ConfigError
 from graphpass.methods.pixels import Params
-from graphpass.noise import LocalNoise, NoiseTable, key_of, plan_noise, steps_inflation
+from graphpass.noise import LocalNoise, NoiseTable, key_of, steps_inflation
 
 DW1, DW2, DX2 = ("one:weight", "m", "{}"), ("two:weight", "m", "{}"), ("two:input", "m", "{}")
 TABLE = NoiseTable(
@@ -20,29 +19,6 @@ TABLE = NoiseTable(
     square={"one:weight": 1.0, "two:weight": 2.0, "norm.bias": 1.0},
     correction=1.5,
 )
-REACH = {"two:input": ("one:weight",)}
-
-
-def test_the_law() -> None:
-    found = plan_noise(TABLE, [DW1, DW2, DX2], REACH)
-    # The relative error of the input gradient, of V + S of the only layer before it.
-    from_inputs = 1.5 * 0.02 / 2 * (3 + 1)
-    assert found.from_inputs == pytest.approx(from_inputs / 10)
-    assert found.tau == pytest.approx((0.3 + 0.5 + from_inputs) / 10)
-    assert found.bias == pytest.approx((0.1 + 0.2 + 1.5 * 0.01 / 2 * 4) / 4)
-    assert plan_noise(TABLE, [], REACH).tau == 0
-    assert plan_noise(TABLE.scaled(2), [DW1], REACH).tau == pytest.approx(0.06)
-
-
-def test_what_has_no_gradient_adds_nothing_unless_something_is_added_to_it() -> None:
-    still = replace(TABLE, entries={DX2: LocalNoise(0.0, 0.0, 0.0)})
-    assert plan_noise(still, [DX2], REACH).tau == 0
-    drawn = replace(TABLE, entries={DX2: LocalNoise(0.1, 0.0, 0.0)})
-    assert plan_noise(drawn, [DX2], REACH).tau == math.inf
-    nothing = replace(TABLE, variance={"one:weight": 0.0}, square={"one:weight": 0.0})
-    assert plan_noise(nothing, [], REACH).tau == 0
-    assert plan_noise(nothing, [DW1], REACH).tau == math.inf
-    assert nothing.ratio == 0
 
 
 def test_steps_grow_with_the_share_that_noise_has() -> None:
