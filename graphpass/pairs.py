@@ -80,21 +80,22 @@ class MatrixPairs(Pairs):
 
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
         """Return the product of the named columns and rows, which are gathered on a CPU."""
-        left, right = self._factors()
         single = self.site.op in {"mm", "addmm"}
-        if single and left.device.type == "cuda" and self.site.gradient is Gradient.WEIGHT:
+        on_gpu = self.template.device.type == "cuda"
+        if single and on_gpu and self.site.gradient is Gradient.WEIGHT:
             # Few results and long sums, which only this kernel shares out among processors.
-            return PixelPairs(self.site, self.template, self.operands).sampled(
-                index, weight, narrow
-            )
+            pixels = PixelPairs(self.site, self.template, self.operands)
+            return pixels.sampled(index, weight, narrow)
+        left, right = self._factors()
         if single:
-            one, none = [1, 1], [0, 0]
-            operands = map(as_maps, (left.squeeze(0), right.squeeze(0).t()))
+            # The forward product of images of a single pixel.
+            kernel, one, none = kernels()["sampled_channels"], [1, 1], [0, 0]
+            maps = map(as_maps, (left.squeeze(0), right.squeeze(0).t()))
             size = [*self.template.shape, 1, 1]
-            args = (*operands, index, weight, size, one, none, one, 1, True)
-            if unavailable(kernels()["sampled_channels"], *args) is None:
-                product: Tensor = kernels()["sampled_channels"].op(*args)
-                return product.flatten(1)
+            args = (*maps, index, weight, size, one, none, one, 1, True)
+            if unavailable(kernel, *args) is None:
+                product: Tensor = kernel.op(*args).flatten(1)
+                return product
         columns, rows = take(left, index, 2), take(right, index, 1)
         if weight is not None:
             columns = (columns * weight[:, None, :]).to(left.dtype)

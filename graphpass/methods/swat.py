@@ -197,19 +197,19 @@ def _of_large(
     site: Site, template: Tensor, first: Tensor, second: Tensor, threshold: Tensor
 ) -> Tensor:
     """Return the product without the second operand's values below the threshold, 0-d."""
-    weight = site.gradient is Gradient.WEIGHT
+    weight, conv = site.gradient is Gradient.WEIGHT, site.conv
     kernel = kernels()["masked_wgrad" if weight else "masked_product"]
-    conv = site.conv
     if conv is not None:
-        sizes = map(list, (template.shape[2 * weight :], conv.stride, conv.padding, conv.dilation))
-        kind = () if weight else (site.gradient is Gradient.FORWARD,)
-        result: Tensor = call(kernel, first, second, threshold, *sizes, conv.groups, *kind)
+        axes = map(list, (conv.stride, conv.padding, conv.dilation))
+        sizes = list(template.shape[2:] if weight else template.shape)
+        side = () if weight else (site.gradient is Gradient.FORWARD,)
+        result: Tensor = call(kernel, first, second, threshold, sizes, *axes, conv.groups, *side)
         return result
+    # A product of matrices is a forward product of single pixels, or a weight gradient of those.
     one, none = [1, 1], [0, 0]
-    matrices = (first.t(), second) if weight else (first, second.t())
-    maps = map(as_maps, matrices)
-    args = (*maps, threshold, one if weight else [*template.shape, 1, 1], one, none, one, 1)
-    args = args if weight else (*args, True)
+    maps = map(as_maps, (first.t(), second) if weight else (first, second.t()))
+    sizes, side = (one, ()) if weight else ([*template.shape, 1, 1], (True,))
+    args = (*maps, threshold, sizes, one, none, one, 1, *side)
     if unavailable(kernel, *args) is None:
         result = kernel.op(*args).flatten(1)
         return result
