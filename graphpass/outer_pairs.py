@@ -152,7 +152,8 @@ class OuterFeatures(Outer):
     def part(self, index: Tensor) -> Tensor:
         """Return the exact gradient of the named features."""
         if self.axis == 1:
-            return of_columns(self.site, *self.operands[:2], index.squeeze(0))
+            left, right, *_ = self.operands
+            return of_columns(self.site, left, right, index.squeeze(0))
         return Outer.part(self, index)
 
     def masked(self, weights: Tensor) -> Pairs:

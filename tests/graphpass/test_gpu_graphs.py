@@ -55,7 +55,8 @@ def test_a_method_on_a_gpu_is_a_kernel_that_reads_operands_where_they_lie(
     method, site = get_method(name), sites(layer)[gradient]
     params = method.make_params(given)
     assert method.reject(site, params) is None
-    shapes = dict(zip(("left", "right", *FACTORS), site.shapes, strict=False))
+    factors = (*site.shapes, *sites(layer)[FORWARD].shapes)
+    shapes = dict(zip(("left", "right", *FACTORS), factors, strict=False))
     if site.conv is not None:
         shapes = dict(zip(("input", "weight", "grad"), site.shapes, strict=True))
     with FakeTensorMode(), torch.device("cuda"):
