@@ -170,8 +170,10 @@ def samples() -> tuple[Sample, ...]:
         _sample(70, (20, 17), (1, 1), (1, 1), count=11),
         _with(plain, _others_nan),
         # What a sum over the output hands back: one value, expanded.
-        _with(plain, lambda g, x, i: (g[:, :1, :1, :1].expand(g.shape), x.flip(3), i)),
-        _with(plain, lambda g, x, i: (g, x[:, :1].expand(x.shape), i[:1].expand(9))),
+        _with(
+            plain, lambda g, x, i: (g[:, :1, :1, :1].expand(g.shape), x[:, :1].expand(x.shape), i)
+        ),
+        _with(plain, lambda g, x, i: (g.flip(2), x.mT.contiguous().mT, i[:1].expand(9))),
     )
 
 
