@@ -142,11 +142,8 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
         f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)",
     ]
-    text = (
-        (form.text + form.channels + _TEXT)
-        .replace(", OPERANDS", operands)
-        .replace(", FINISH", finish)
-    )
+    text = (form.text + form.channels + _TEXT).replace(", OPERANDS", operands)
+    text = text.replace(", FINISH", finish)
     sums = gpu.Scratch(splits * filters * columns, torch.int32 if byte else torch.float32)
     return Parts(constants, text, lines, (sums,))
 
