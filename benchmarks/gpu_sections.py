@@ -42,7 +42,18 @@ RESNET50 = (
     (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-METHODS = ("int8", "phase", "pixels", "prune", "topk")
+# By the names they have in tables: methods and parameters that are not the default ones.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "crs": ("crs", {}),
+    "int8": ("int8", {}),
+    "phase": ("phase", {}),
+    "pixels": ("pixels", {}),
+    "prune": ("prune", {}),
+    "swat": ("swat", {}),
+    "swat channels": ("swat", {"structure": "channel", "sparsity": 0.5}),
+    "topk": ("topk", {}),
+}
+GRADIENTS = (Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,7 +190,7 @@ def _run(kernel: Kernel, args: tuple[Any, ...]) -> Any:
 
 
 def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[Record]:
-    """Yield seconds of every gradient of the layers named, exact and by every method."""
+    """Yield seconds of every product of the layers named, exact and by every method."""
     batch = 128 if device == "cuda" else 2
     shapes = []
     if "ga" in names:
@@ -189,7 +200,7 @@ def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[R
     shapes = shapes if device == "cuda" else [(16, 16, 8, 3, 1), (16, 32, 8, 3, 2)]
     for dtype in ("bf16", "fp32"):
         for shape in shapes:
-            for gradient in (Gradient.WEIGHT, Gradient.INPUT):
+            for gradient in GRADIENTS:
                 label = "-".join(map(str, (dtype, *shape, gradient.value)))
                 yield {"row": label, "begun": True}
                 operands = _operands(shape, batch, DTYPES[dtype], device)
@@ -211,8 +222,8 @@ def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[R
 def _layer(
     shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient, name: str, device: str
 ) -> Record:
-    method = graphpass.methods()[name]
-    site, params = _site(shape, operands, gradient), _parameters(method)
+    method, params = _method(name)
+    site = _site(shape, operands, gradient)
     if gradient not in method.gradients:
         return {}
     rejected = method.reject(site, params)
@@ -278,25 +289,31 @@ def _operands(
 def _site(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Site:
     grad, x, weight = operands["grad"], operands["input"], operands["weight"]
     shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
-    wanted = gradient is Gradient.WEIGHT
+    output = {Gradient.INPUT: 0, Gradient.WEIGHT: 1, Gradient.FORWARD: 2}[gradient]
     padding, stride = shape[3] // 2, shape[4]
     geometry = ConvGeometry((stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1)
     dtype = str(grad.dtype).removeprefix("torch.")
     return Site(
-        "conv", "conv", gradient, "convolution", "node", int(wanted), 1, shapes,
-        shapes[1 if wanted else 0], dtype, grad.dtype.itemsize, geometry,
+        "conv", "conv", gradient, "convolution", "node", output if output < 2 else None, 1, shapes,
+        shapes[output], dtype, grad.dtype.itemsize, geometry,
     )  # fmt: skip
 
 
-def _parameters(method: Method) -> Any:
-    params = method.params()
-    return replace(params, min_positions=1) if hasattr(params, "min_positions") else params
+def _method(name: str) -> tuple[Method, Any]:
+    """Return a method of the table, and its parameters."""
+    registered, given = METHODS[name]
+    method = graphpass.methods()[registered]
+    params = method.make_params(given)
+    if hasattr(params, "min_positions"):
+        params = replace(params, min_positions=1)
+    return method, params
 
 
 def _lowered(
     method: Method, params: Any, site: Site, operands: dict[str, Tensor]
 ) -> Callable[[], Tensor]:
-    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
+    names = {Gradient.INPUT: "input", Gradient.WEIGHT: "weight", Gradient.FORWARD: "grad"}
+    template = operands[names[site.gradient]]
     given = [operands[name] for name in method.operands(site, params)]
     seed = torch.zeros((), dtype=torch.int64, device=template.device)
     return lambda: method.lower(site, params, template, seed, salt_of(site), *given)
@@ -305,10 +322,10 @@ def _lowered(
 def _exact(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Any:
     grad, x, weight = operands["grad"], operands["input"], operands["weight"]
     mask = [gradient is Gradient.INPUT, gradient is Gradient.WEIGHT, False]
-    stride, padding = [shape[4]] * 2, [shape[3] // 2] * 2
-    return lambda: torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
-    )
+    geometry: Any = ([shape[4]] * 2, [shape[3] // 2] * 2, [1, 1], False, [0, 0], 1)
+    if gradient is Gradient.FORWARD:
+        return lambda: torch.ops.aten.convolution(x, weight, None, *geometry)
+    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
 
 
 def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import graphpass
 from benchmarks import gpu_sections
 from codegen.gpu import ahead
 from codegen.gpu import build as gpu_build
@@ -101,7 +100,7 @@ def announce(
         for dtype in (gpu_sections.DTYPES[name] for name in dtypes):
             with FakeTensorMode():
                 operands = _fake(shape, dtype)
-                for gradient in (Gradient.WEIGHT, Gradient.INPUT):
+                for gradient in gpu_sections.GRADIENTS:
                     for name in gpu_sections.METHODS:
                         try:
                             _trace(shape, operands, gradient, name)
@@ -128,9 +127,8 @@ def _fake(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
 def _trace(
     shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient, name: str
 ) -> None:
-    method = graphpass.methods()[name]
+    method, params = gpu_sections._method(name)
     site = gpu_sections._site(shape, operands, gradient)
-    params = gpu_sections._parameters(method)
     rejected = method.reject(site, params)
     if gradient in method.gradients and (rejected is None or rejected.reason.name == "NOT_CHEAPER"):
         gpu_sections._lowered(method, params, site, operands)()

@@ -267,20 +267,21 @@ def choose(
         masses = torch.ones_like(masses)
     if params.replacement:
         ends = masses.double().cumsum(1)
-        total = ends[:, -1:]
+        total = ends.narrow(1, terms - 1, 1)
         drawn = torch.searchsorted(ends, draws * total, right=True).clamp(max=terms - 1)
         index = _ascending(drawn)
         weight = (total / count).to(masses.dtype) / masses.gather(1, index)
     elif params.sampling == "uniform":
         index = _ascending(draws.topk(count, dim=1, largest=False).indices)
-        weight = torch.ones_like(draws[:, :count]) * (terms / count)
+        weight = torch.ones_like(index, dtype=draws.dtype) * (terms / count)
     else:
         # One more than is taken is the threshold. Where all are taken there is none: the one that
         # is put behind them comes after terms of mass 0 too, and makes every weight 1.
-        priorities = torch.cat([masses / draws, torch.full_like(masses[:, :1], -1)], dim=1)
+        last = torch.full_like(masses.narrow(1, 0, 1), -1)
+        priorities = torch.cat([masses / draws, last], dim=1)
         best = priorities.topk(count + 1, dim=1)
-        index = _ascending(best.indices[:, :count])
-        weight = (best.values[:, count:] / masses.gather(1, index)).clamp_min(1)
+        index = _ascending(best.indices.narrow(1, 0, count))
+        weight = (best.values.narrow(1, count, 1) / masses.gather(1, index)).clamp_min(1)
     if not params.scaled:
         return index, None
     # Terms of mass 0 are taken where there are no others; they are 0 with any weight.

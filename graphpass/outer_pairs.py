@@ -9,6 +9,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from codegen.dense import laid_out
+from codegen.kernel import call, kernels, unavailable
 from graphpass.pairs import (
     ChannelPairs,
     MatrixPairs,
@@ -18,10 +20,11 @@ from graphpass.pairs import (
     channels_of,
     exact,
     forward_of,
-    laid_out,
+    geometry_of,
     scattered,
 )
-from graphpass.site import Gradient
+from graphpass.rows import as_maps
+from graphpass.site import Gradient, Site
 
 
 class Outer(Pairs):
@@ -50,15 +53,21 @@ class Outer(Pairs):
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
         """Return the gradient of what is named; that of the others is zero."""
         del narrow
-        terms = self.terms(index)
-        part = exact(self.site, terms.template, *terms.operands)
+        part = self.part(index)
         if weight is not None:
-            part = (part * along(weight, part[None], self.axis + 1)[0]).to(part.dtype)
+            part = (part * along(weight, part.unsqueeze(0), self.axis + 1).squeeze(0)).to(
+                part.dtype
+            )
         return self.put(index, part)
+
+    def part(self, index: Tensor) -> Tensor:
+        """Return the exact gradient of what is named."""
+        terms = self.terms(index)
+        return exact(self.site, terms.template, *terms.operands)
 
     def put(self, index: Tensor, part: Tensor) -> Tensor:
         """Return zeros in the shape of the result, with a part of it in its place."""
-        return scattered(self.template, self.axis, index[0], part)
+        return scattered(self.template, self.axis, index.squeeze(0), part)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the exact gradient, weighted."""
@@ -93,8 +102,18 @@ class OuterChannels(Outer):
         grad, x, filters = self.operands
         if self.site.gradient is Gradient.WEIGHT:
             return PixelPairs(self.site, self._template(index), (grad, channels_of(x, index)))
-        taken = laid_out(filters.index_select(1, index[0]), filters)
+        taken = laid_out(filters.index_select(1, index.squeeze(0)), filters)
         return ChannelPairs(self.site, self._template(index), (grad, taken))
+
+    def part(self, index: Tensor) -> Tensor:
+        """Return the exact gradient of the named input channels."""
+        if self.site.gradient is not Gradient.WEIGHT:
+            return Outer.part(self, index)
+        grad, x, _ = self.operands
+        conv = geometry_of(self.site)
+        axes = map(list, (self.template.shape[2:], conv.stride, conv.padding, conv.dilation))
+        result: Tensor = call(kernels()["listed_wgrad"], grad, x, index.squeeze(0), *axes)
+        return result
 
     def masked(self, weights: Tensor) -> Pairs:
         """Return output pixels, or output channels, with weighted input channels."""
@@ -127,8 +146,15 @@ class OuterFeatures(Outer):
     def terms(self, index: Tensor) -> Pairs:
         """Return columns and rows, with the named features."""
         factors = list(self.operands[:2])
-        factors[self.axis] = factors[self.axis].index_select(self.axis, index[0])
+        factors[self.axis] = factors[self.axis].index_select(self.axis, index.squeeze(0))
         return MatrixPairs(self.site, self._template(index), (factors[0], factors[1]))
+
+    def part(self, index: Tensor) -> Tensor:
+        """Return the exact gradient of the named features."""
+        if self.axis == 1:
+            left, right, *_ = self.operands
+            return of_columns(self.site, left, right, index.squeeze(0))
+        return Outer.part(self, index)
 
     def masked(self, weights: Tensor) -> Pairs:
         """Return columns and rows, with weighted features."""
@@ -136,3 +162,17 @@ class OuterFeatures(Outer):
         scaled = factors[self.axis]
         factors[self.axis] = scaled * along(weights, scaled[None], self.axis + 1)[0]
         return MatrixPairs(self.site, self.template, (factors[0], factors[1]))
+
+
+def of_columns(site: Site, left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """Return the product of two matrices, of the right one the named columns: [M, R].
+
+    Of an input gradient these are columns of a weight, few to gather.
+    """
+    if site.gradient is Gradient.WEIGHT:
+        kernel, one, none = kernels()["listed_wgrad"], [1, 1], [0, 0]
+        args = (as_maps(left.t()), as_maps(right), index, one, one, none, one)
+        if unavailable(kernel, *args) is None:
+            result: Tensor = kernel.op(*args)
+            return result.flatten(1)
+    return torch.mm(left, right.index_select(1, index))

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.dense import laid_out
 from codegen.kernel import call, kernels, unavailable
-from graphpass.rows import pixel_energy, rows_of, sampled, weighted
+from graphpass.rows import as_maps, pixel_energy, rows_of, sampled, weighted
 from graphpass.site import ConvGeometry, Gradient, Site
 
 aten = torch.ops.aten
@@ -79,21 +80,22 @@ class MatrixPairs(Pairs):
 
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
         """Return the product of the named columns and rows, which are gathered on a CPU."""
-        left, right = self._factors()
         single = self.site.op in {"mm", "addmm"}
-        if single and left.device.type == "cuda" and self.site.gradient is Gradient.WEIGHT:
+        on_gpu = self.template.device.type == "cuda"
+        if single and on_gpu and self.site.gradient is Gradient.WEIGHT:
             # Few results and long sums, which only this kernel shares out among processors.
-            return PixelPairs(self.site, self.template, self.operands).sampled(
-                index, weight, narrow
-            )
+            pixels = PixelPairs(self.site, self.template, self.operands)
+            return pixels.sampled(index, weight, narrow)
+        left, right = self._factors()
         if single:
-            one, none = [1, 1], [0, 0]
-            operands = left[0][..., None, None], right[0].t()[..., None, None]
+            # The forward product of images of a single pixel.
+            kernel, one, none = kernels()["sampled_channels"], [1, 1], [0, 0]
+            maps = map(as_maps, (left.squeeze(0), right.squeeze(0).t()))
             size = [*self.template.shape, 1, 1]
-            args = (*operands, index, weight, size, one, none, one, 1, True)
-            if unavailable(kernels()["sampled_channels"], *args) is None:
-                product: Tensor = kernels()["sampled_channels"].op(*args)
-                return product[..., 0, 0]
+            args = (*maps, index, weight, size, one, none, one, 1, True)
+            if unavailable(kernel, *args) is None:
+                product: Tensor = kernel.op(*args).flatten(1)
+                return product
         columns, rows = take(left, index, 2), take(right, index, 1)
         if weight is not None:
             columns = (columns * weight[:, None, :]).to(left.dtype)
@@ -114,7 +116,7 @@ class MatrixPairs(Pairs):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         left, right = self.operands
-        return (left[None], right[None]) if left.dim() == 2 else (left, right)
+        return (left.unsqueeze(0), right.unsqueeze(0)) if left.dim() == 2 else (left, right)
 
 
 class ChannelPairs(Pairs):
@@ -187,9 +189,9 @@ class PixelPairs(Pairs):
     def sampled(self, index: Tensor, weight: Tensor | None, narrow: bool) -> Tensor:
         """Return the weight gradient of the named pixels."""
         rows = rows_of(self.site, *self.operands)
-        factors = torch.ones_like(index[0], dtype=wide(rows.grad)) if weight is None else weight[0]
-        factors = factors.to(wide(rows.grad))
-        return sampled(rows, index[0], factors, None, None, self.template, narrow)
+        taken, dtype = index.squeeze(0), wide(rows.grad)
+        factors = torch.ones_like(taken, dtype=dtype) if weight is None else weight.squeeze(0)
+        return sampled(rows, taken, factors.to(dtype), None, None, self.template, narrow)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Return the weight gradient of the weighted output gradient."""
@@ -198,7 +200,7 @@ class PixelPairs(Pairs):
     def energies(self) -> Tensor:
         """Return the squared norms, which factor where there is one group."""
         first, second = (operand.to(wide(operand)) for operand in self.operands)
-        return pixel_energy(rows_of(self.site, first, second), None)[None]
+        return pixel_energy(rows_of(self.site, first, second), None).unsqueeze(0)
 
 
 class SamplePairs(Pairs):
@@ -271,25 +273,15 @@ def along(weights: Tensor, value: Tensor, axis: int) -> Tensor:
 def take(value: Tensor, index: Tensor, axis: int) -> Tensor:
     """Return what `index`, [S, R], names along `axis` of `value`, [S, ...]."""
     if isinstance(value.shape[0], int) and value.shape[0] == 1:
-        return value[0].index_select(axis - 1, index[0])[None]
+        return value.squeeze(0).index_select(axis - 1, index.squeeze(0)).unsqueeze(0)
     return torch.take_along_dim(value, along(index, value, axis), axis)
 
 
 def channels_of(value: Tensor, index: Tensor) -> Tensor:
     """Return the channels that `index`, [groups, R], names in each group of [B, C, ...]."""
     groups = index.shape[0]
-    first = torch.arange(groups, device=index.device)[:, None] * (value.shape[1] // groups)
+    first = torch.arange(groups, device=index.device).unsqueeze(1) * (value.shape[1] // groups)
     return laid_out(value.index_select(1, (index + first).flatten()), value)
-
-
-def laid_out(part: Tensor, like: Tensor) -> Tensor:
-    """Return `part` with the channels of an image contiguous if those of `like` are.
-
-    A vendor's convolution of what is gathered is up to twice as fast for it, and copies if it must.
-    """
-    if like.dim() == 4 and like.stride(1) == 1:
-        return part.contiguous(memory_format=torch.channels_last)
-    return part.contiguous()
 
 
 def scattered(template: Tensor, axis: int, index: Tensor, part: Tensor) -> Tensor:

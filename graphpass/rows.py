@@ -62,9 +62,15 @@ def rows_of(site: Site, first: Tensor, second: Tensor) -> Rows:
     conv = site.conv
     if conv is None:
         one, none = [1, 1], [0, 0]
-        return Rows(first.t()[..., None, None], second[..., None, None], one, one, none, one, 1)
+        return Rows(as_maps(first.t()), as_maps(second), one, one, none, one, 1)
     kernel, stride = list(site.output[2:]), list(conv.stride)
     return Rows(first, second, kernel, stride, list(conv.padding), list(conv.dilation), conv.groups)
+
+
+def as_maps(matrix: Tensor) -> Tensor:
+    """Return the rows of a matrix [M, K] as images [M, K, 1, 1] of a single pixel."""
+    # Not `matrix[..., None, None]`: Python's indexing wants a device, as below.
+    return matrix.unsqueeze(-1).unsqueeze(-1)
 
 
 def sampled_cost(site: Site, taken: Dim, channels: Dim, inputs: Shape) -> KernelCost:

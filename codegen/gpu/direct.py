@@ -83,6 +83,7 @@ def weight_gradient_program(
     dilation: list[int],
     groups: int,
     form: weight_gradient.Form,
+    constants: Mapping[str, Any] | None = None,
 ) -> gpu.Program | str:
     """Return the program of a weight gradient over all pixels, for two spatial axes.
 
@@ -96,6 +97,7 @@ def weight_gradient_program(
         dilation: one number a spatial axis.
         groups: groups of channels.
         form: what becomes of the operands.
+        constants: what the form's text needs to know.
     """
     if (reason := _unsupported(grad, x)) is not None:
         return reason
@@ -109,7 +111,8 @@ def weight_gradient_program(
     tensors = ("grad", "x", *form.operands, "out", "sums")
     run = (f"def run({', '.join(tensors)}):", *(f"    {line}" for line in parts.lines))
     about = gpu.about(name, grad=grad, x=x)
-    return gpu.program(about, parts.constants, parts.text + "\n".join(run), parts.scratch)
+    given = {**parts.constants, **(constants or {})}
+    return gpu.program(about, given, parts.text + "\n".join(run), parts.scratch)
 
 
 def _unsupported(first: Tensor, second: Tensor) -> str | None:

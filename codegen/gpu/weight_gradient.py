@@ -74,11 +74,18 @@ class Form:
             negative number for a pixel that does not exist.
         operands: names of tensors that the first three take at their end.
         finish: names of those that the last takes.
+        channels: the function `channel_of` a column, which takes `operands` at its end.
     """
 
     text: str
     operands: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
+    channels: str = """
+@triton.jit
+def channel_of(column, group, OPERANDS):
+    return group * CG + column % CG
+
+"""
 
 
 def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
@@ -135,7 +142,8 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
         f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)",
     ]
-    text = (form.text + _TEXT).replace(", OPERANDS", operands).replace(", FINISH", finish)
+    text = (form.text + form.channels + _TEXT).replace(", OPERANDS", operands)
+    text = text.replace(", FINISH", finish)
     sums = gpu.Scratch(splits * filters * columns, torch.int32 if byte else torch.float32)
     return Parts(constants, text, lines, (sums,))
 
@@ -236,7 +244,7 @@ def product(grad, x, OPERANDS, sums):
     tap = (first // CG) if ONE_TAP else (column // CG)[None, :]
     tap_y = tap // KW * DH
     tap_x = tap % KW * DW
-    channel = group * CG + column % CG
+    channel = channel_of(column, group, OPERANDS)
     sum = tl.zeros([BM, BN], dtype=SUM)
     for step in range(0, STEPS):
         number = (tl.program_id(1) * STEPS + step) * BK + tl.arange(0, BK)

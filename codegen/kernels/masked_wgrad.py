@@ -49,7 +49,7 @@ def reference(
     """
     masked = magnitude.large(x, threshold)
     dw = dense.weight_gradient(grad, masked, kernel, stride, padding, dilation, groups)
-    return dense.laid_out(dw, x)
+    return dense.returned(dw, x)
 
 
 def fake(

@@ -17,8 +17,9 @@ least for p[i] proportional to |z[i]|. For matrices that is the product of the n
 row. For convolutions the product of the norms is taken as well; |z[i]| itself costs as much as the
 product (`tests/graphpass/test_crs.py` compares). Pixels of a weight gradient have exact norms.
 
-What is gathered is multiplied by the vendor's library, as a smaller dense problem, so it pays where
-the product costs more than reading both operands twice: not in thin or small layers.
+On a CPU what is gathered is multiplied by the vendor's library, as a smaller dense problem, so it
+pays where the product costs more than reading both operands twice: not in thin or small layers. On
+a GPU kernels follow the list to the operands, and nothing is gathered but weights.
 """
 
 from dataclasses import dataclass
@@ -105,6 +106,6 @@ register(
         lower=lower,
         samples=samples,
         noise=noise,
-        kernels=("sampled_channels",),
+        kernels=("listed_wgrad", "sampled_channels"),
     )
 )

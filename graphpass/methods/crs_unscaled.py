@@ -69,6 +69,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
-        kernels=("sampled_channels",),
+        kernels=("listed_wgrad", "sampled_channels"),
     )
 )

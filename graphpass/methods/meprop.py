@@ -23,11 +23,12 @@ import sympy
 import torch
 from torch import Tensor
 
+from codegen.dense import laid_out
 from cost_model import Cost, KernelCost, Shape, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
-from graphpass.pairs import exact, laid_out, scattered, wide
+from graphpass.pairs import exact, scattered, wide
 from graphpass.site import Gradient, Site
 
 

@@ -34,8 +34,9 @@ from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise,
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
-from graphpass.outer_pairs import OuterChannels
+from graphpass.outer_pairs import OuterChannels, of_columns
 from graphpass.pairs import ChannelPairs, MatrixPairs, exact, scattered, wide
+from graphpass.rows import as_maps
 from graphpass.site import Gradient, Site
 
 STRUCTURES = ("none", "filter", "channel")
@@ -187,8 +188,8 @@ def lower(
         kind = MatrixPairs if site.conv is None else ChannelPairs
         return kind(site, template, (first, second)).sampled(index, None, False)
     if site.conv is None:
-        part = torch.mm(first, second.index_select(1, index[0]))
-        return scattered(template, 1, index[0], part)
+        columns = index.squeeze(0)
+        return scattered(template, 1, columns, of_columns(site, first, second, columns))
     return OuterChannels(site, template, (first, second, second)).sampled(index, None, False)
 
 
@@ -196,21 +197,21 @@ def _of_large(
     site: Site, template: Tensor, first: Tensor, second: Tensor, threshold: Tensor
 ) -> Tensor:
     """Return the product without the second operand's values below the threshold, 0-d."""
-    weight = site.gradient is Gradient.WEIGHT
+    weight, conv = site.gradient is Gradient.WEIGHT, site.conv
     kernel = kernels()["masked_wgrad" if weight else "masked_product"]
-    conv = site.conv
     if conv is not None:
-        sizes = map(list, (template.shape[2 * weight :], conv.stride, conv.padding, conv.dilation))
-        kind = () if weight else (site.gradient is Gradient.FORWARD,)
-        result: Tensor = call(kernel, first, second, threshold, *sizes, conv.groups, *kind)
+        axes = map(list, (conv.stride, conv.padding, conv.dilation))
+        sizes = list(template.shape[2:] if weight else template.shape)
+        side = () if weight else (site.gradient is Gradient.FORWARD,)
+        result: Tensor = call(kernel, first, second, threshold, sizes, *axes, conv.groups, *side)
         return result
+    # A product of matrices is a forward product of single pixels, or a weight gradient of those.
     one, none = [1, 1], [0, 0]
-    matrices = (first.t(), second) if weight else (first, second.t())
-    maps = [matrix[..., None, None] for matrix in matrices]
-    args = (*maps, threshold, one if weight else [*template.shape, 1, 1], one, none, one, 1)
-    args = args if weight else (*args, True)
+    maps = map(as_maps, (first.t(), second) if weight else (first, second.t()))
+    sizes, side = (one, ()) if weight else ([*template.shape, 1, 1], (True,))
+    args = (*maps, threshold, sizes, one, none, one, 1, *side)
     if unavailable(kernel, *args) is None:
-        result = kernel.op(*args)[..., 0, 0]
+        result = kernel.op(*args).flatten(1)
         return result
     return torch.mm(first, magnitude.large(second, threshold))
 
@@ -224,7 +225,7 @@ def _mask(site: Site, params: Params, value: Tensor) -> Tensor:
     """Return 1 for the values that are kept and 0 for others."""
     if _by_filter(site, params):
         # [Co, Ci / groups, taps]; a linear layer's weight stands transposed in the forward product
-        filters = value.flatten(2) if site.conv is not None else value[..., None]
+        filters = value.flatten(2) if site.conv is not None else value.unsqueeze(-1)
         axis = 0 if site.conv is None and site.gradient is Gradient.FORWARD else 1
         norms = filters.abs().sum(2, dtype=wide(value))
         kept = norms.topk(_kept(norms.shape[axis], params), dim=axis).indices
@@ -240,7 +241,9 @@ def _threshold(params: Params, value: Tensor) -> Tensor:
     # Of a dynamic batch all are taken: how many there are is only known when it runs.
     if isinstance(count, int) and 0 < wanted < count:
         # An odd step meets all columns of an image and all channels, which are often powers of 2.
-        magnitudes = magnitudes[:: (count // wanted) | 1]
+        # Not by Python's indexing, which wants a device: a fake tensor may have none.
+        step = (count // wanted) | 1
+        magnitudes = torch.ops.aten.slice.Tensor(magnitudes, 0, 0, None, step)
     size = magnitudes.shape[0]
     threshold: Tensor = magnitudes.kthvalue(size - _kept(size, params) + 1).values
     return threshold
@@ -261,7 +264,7 @@ def _channel_norms(site: Site, second: Tensor) -> tuple[Tensor, int]:
     groups = 1
     if site.conv is not None and site.gradient is not Gradient.WEIGHT:
         groups = site.conv.groups
-    parts = second.unflatten(0, (groups, -1)) if groups > 1 else second[None]
+    parts = second.unflatten(0, (groups, -1)) if groups > 1 else second.unsqueeze(0)
     others = [at for at in range(1, parts.dim()) if at != axis + 1]
     return parts.abs().sum(others, dtype=wide(second)), axis
 
@@ -332,6 +335,6 @@ register(
         reference=reference,
         lower=lower,
         samples=samples,
-        kernels=("masked_product", "masked_wgrad", "sampled_channels"),
+        kernels=("listed_wgrad", "masked_product", "masked_wgrad", "sampled_channels"),
     )
 )

@@ -90,17 +90,33 @@ def _bytes(gradient: str) -> tuple[Any, ...]:
     return *given, *scales, *sizes, *kinds
 
 
+# Stride, padding, dilation.
+_AXES = ([1, 1], [1, 1], [1, 1])
+
+
 def _rows() -> tuple[Any, ...]:
     image = torch.empty(32, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
     index, weight = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
     sums = torch.empty(64, 3, 3)
-    axes = ([3, 3], [1, 1], [1, 1], [1, 1])
-    return image, image, index, weight, torch.empty(64), sums, *axes, 1, True
+    return image, image, index, weight, torch.empty(64), sums, [3, 3], *_AXES, 1, True
+
+
+def _listed() -> tuple[Any, ...]:
+    image, weight = _rows()[0], torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+    index = torch.empty(1, 32, dtype=torch.int64)
+    return image, weight, index, torch.empty(1, 32), list(image.shape), *_AXES, 1, True
+
+
+def _masked() -> tuple[Any, ...]:
+    image = _rows()[0]
+    return image, image, torch.empty(()), [3, 3], *_AXES, 1
 
 
 PRODUCTS = {
     "int8_dgrad": (lambda: _bytes("input"), ("s32.s8.s8", "mfma_i32")),
     "int8_wgrad": (lambda: _bytes("weight"), ("s32.s8.s8", "mfma_i32")),
+    "masked_wgrad": (_masked, ("f32.bf16.bf16", "mfma_f32")),
+    "sampled_channels": (_listed, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_wgrad": (_rows, ("f32.bf16.bf16", "mfma_f32")),
 }
 
