@@ -67,7 +67,7 @@ def _computed_by(method: Method) -> str:
         for term in method.cost(_site(gradient), method.params())
     }
     ours = [kernel for name, kernel in kernels().items() if name in kinds]
-    cpp = ours and all(kernel.emit_cpp is not None for kernel in ours)
+    cpp = any(kernel.emit_cpp is not None for kernel in ours)
     triton = ours and all(kernel.emit_triton is not None for kernel in ours)
     return ", ".join([*(["C++"] if cpp else [_PLAIN]), *(["Triton"] if triton else [])])
 
