@@ -80,7 +80,8 @@ def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor, stored: torch.dty
     """Return numbers of a format whose expectation is x / scale: a neighbour, at random.
 
     With step the distance of neighbours, that is step * floor(|x| / scale / step + uniform). Both
-    terms are taken to 16 binary places, as `codegen.int8` does; all else is exact.
+    terms are taken to 16 binary places, as `codegen.int8` does; all else is exact. bfloat16 has no
+    more of them, so its expectation is too.
 
     Args:
         x: float.

@@ -2,8 +2,9 @@
 
     q = sign(x) * step * floor(|x| / scale / step + u),   u uniform in [0, 1)
 
-with step the distance of the format's numbers at |x| / scale. E[q] * scale = x, up to 2^-16 of a
-step: `codegen.fp8` says why, and what the result looks like.
+with step the distance of the format's numbers at |x| / scale. E[q] * scale = x, exactly
+for bfloat16, up to 1.5 * 2^-16 of a step for float32: `codegen.fp8` says why, and what the result
+looks like.
 """
 
 from collections.abc import Callable

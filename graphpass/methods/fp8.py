@@ -11,16 +11,16 @@ Unbiased: both multiples of t around |v| / s are numbers of the format (where th
 binade, and among the subnormal numbers too), and the scale keeps |v| / s from its end, so nothing
 saturates. So E[t * floor(|v| / s / t + u)] = |v| / s; the two operands are rounded independently,
 and the expectation of their product is the product of their expectations. Tensor cores add in
-float32, but for NVIDIA's, which within a tile of up to 128 products round sums to 14 bits: up to
-2^-12 of a sum, the one bias there is. With f the fractional part of |v| / s / t, the variance of a
+float32, but for NVIDIA's up to Hopper's, which within a tile of up to 128 products cut sums off
+after 14 bits: some 2^-12 of a sum, the one bias there is. With f the fractional part of |v| / s / t, the variance of a
 value is (s t)^2 f (1 - f); `graphpass.eight_bits` says what the noise of the product is.
 
 Which format: e4m3 errs by half as much as e5m2, a quarter of the variance, down to 2^-14 of the
 largest magnitude, and as steps stay at 2^-17 of it below, by no more down to 2^-15. Rounding at
 random loses no smaller values, and they would have to be nearly all of a tensor for e5m2 to add
 less noise. So gradients take e4m3 as well, unless `grad` says otherwise. int8's steps are 1 / 127
-of the largest magnitude everywhere: it adds less where that is within a few times the mean one, and
-more where values are spread wider, as gradients are.
+of the largest magnitude everywhere: it adds less where that is below about ten times the root mean
+square, and more where values are spread wider.
 
 It pays like int8, on GPUs that multiply 8-bit floats: twice as fast as bfloat16.
 """

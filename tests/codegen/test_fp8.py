@@ -65,9 +65,10 @@ def test_the_expectation_over_all_draws_is_the_value(stored: torch.dtype) -> Non
 
 @by_format
 def test_the_expectation_of_float32_is_off_by_a_fraction_of_a_step(stored: torch.dtype) -> None:
+    """To the nearest 2^-16 first, and every other multiple of that is drawn once too often."""
     values = torch.randn(50, generator=torch.Generator().manual_seed(1))
     missed = (_expected(values, stored) - values.double()).abs()
-    assert (missed <= fp8.step_of(values.abs(), stored) * 2.0**-16).all()
+    assert (missed <= fp8.step_of(values.abs(), stored) * 1.5 * 2.0**-16).all()
 
 
 @by_format

@@ -102,7 +102,7 @@ def test_beside_int8_it_depends_on_how_widely_values_are_spread() -> None:
     assert _noise(FP8, site, even, weight) > 2 * _noise(INT8, site, even, weight)
     # The weights are even in both; gradients' part of the noise is what differs.
     grads = [_noise(method, site, wide, torch.ones_like(weight)) for method in (FP8, INT8)]
-    assert 2 * grads[0] < grads[1]
+    assert 1.5 * grads[0] < grads[1]
 
 
 @pytest.mark.parametrize(
