@@ -12,8 +12,9 @@ binade, and among the subnormal numbers too), and the scale keeps |v| / s from i
 saturates. So E[t * floor(|v| / s / t + u)] = |v| / s; the two operands are rounded independently,
 and the expectation of their product is the product of their expectations. Tensor cores add in
 float32, but for NVIDIA's up to Hopper's, which within a tile of up to 128 products cut sums off
-after 14 bits: some 2^-12 of a sum, the one bias there is. With f the fractional part of |v| / s / t, the variance of a
-value is (s t)^2 f (1 - f); `graphpass.eight_bits` says what the noise of the product is.
+after 14 bits: some 2^-12 of a sum, the one bias there is. With f the fractional part of
+|v| / s / t, the variance of a value is (s t)^2 f (1 - f); `graphpass.eight_bits` says what the
+noise of the product is.
 
 Which format: e4m3 errs by half as much as e5m2, a quarter of the variance, down to 2^-14 of the
 largest magnitude, and as steps stay at 2^-17 of it below, by no more down to 2^-15. Rounding at
