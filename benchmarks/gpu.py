@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = (
     "absolute_max", "int8_round", "int8_forward", "int8_dgrad", "int8_wgrad", "sampled_wgrad",
     "phase_wgrad", "pixel_norms", "sample_rows", "top_patches", "pruned_dgrad", "pruned_wgrad",
+    "fp8_round", "fp8_product",
 )  # fmt: skip
 # In order of worth; three compile at a time, one measures.
 MODELS = (

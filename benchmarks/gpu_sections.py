@@ -45,6 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # By the names they have in tables: methods and parameters that are not the default ones.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "crs": ("crs", {}),
+    "fp8": ("fp8", {}),
     "int8": ("int8", {}),
     "phase": ("phase", {}),
     "pixels": ("pixels", {}),
@@ -295,7 +296,7 @@ def _site(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradien
     dtype = str(grad.dtype).removeprefix("torch.")
     return Site(
         "conv", "conv", gradient, "convolution", "node", output if output < 2 else None, 1, shapes,
-        shapes[output], dtype, grad.dtype.itemsize, geometry,
+        shapes[output], dtype, grad.dtype.itemsize, geometry, device=grad.device.type,
     )  # fmt: skip
 
 
