@@ -60,11 +60,13 @@ def _added(method: Method) -> str:
 
 
 def _computed_by(method: Method) -> str:
-    """Return in which languages there are kernels of ours for it."""
+    """Return in which languages there are kernels of ours for its products."""
     kinds = set(method.kernels) | {
         term.kind
         for gradient in method.gradients
         for term in method.cost(_site(gradient), method.params())
+        # What only moves data has the number of its bytes.
+        if "bytes" not in term.sizes
     }
     ours = [kernel for name, kernel in kernels().items() if name in kinds]
     cpp = any(kernel.emit_cpp is not None for kernel in ours)
