@@ -5,7 +5,8 @@
 
 Records registers, spilled bytes, shared memory and matrix instructions of the machine code, and
 beside them a prediction: the seconds that counted bytes and operations take at the published rates
-of an H200. A binary proves that a kernel compiles and fits, not that it is right or fast.
+of an H200, whole waves of tiles counted; for GA's layers as a table, in a text of its own. A binary
+proves that a kernel compiles and fits, not that it is right or fast.
 """
 
 import argparse
@@ -17,25 +18,45 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_sections, gpu_warm
+from benchmarks import gpu_warm, layer
 from benchmarks.timing import write_results
 from codegen.gpu import ahead
 from codegen.gpu import build as gpu_build
 from codegen.gpu.source import Program
+from cost_model import DATASHEETS
 
 Record = dict[str, Any]
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-# Dense rates and bandwidth of the H200 SXM: NVIDIA's data sheet, November 2024.
-_RATES = {"int8": 1979e12, "bfloat16": 989e12, "float32": 494e12}
-_BYTES_PER_S = 4.8e12
+_MACHINE = DATASHEETS["H200"]
 _PREDICTED = "sm_90"
 _MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.:]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A program to compile.
+
+    Attributes:
+        primitive: its name.
+        program: its Triton.
+        dtypes: of operands and results.
+        moved_bytes: of operands, results and scratch memory.
+        layer: the first that needs it, with its type.
+    """
+
+    primitive: str
+    program: Program
+    dtypes: list[torch.dtype]
+    moved_bytes: int
+    layer: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ["ga", "resnet50"]
     parser.add_argument("layers", nargs="*", default=names, help=" or ".join(names))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", default=list(gpu_sections.DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=list(layer.DTYPES))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", default="triton_aot", help="name of the results file")
     given = parser.parse_args(argv)
-    programs = collect(given.layers, given.dtypes)
-    jobs = [(target, *program) for target in given.targets for program in programs]
+    shapes = [shape for name in given.layers for shape in layer.NAMED[name]]
+    programs = collect(shapes, given.dtypes)
+    jobs = [(target, program) for target in given.targets for program in programs]
     start, rows = time.perf_counter(), []
     with ProcessPoolExecutor(given.workers) as pool:
         for records in pool.map(compile_program, jobs):
@@ -61,45 +83,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Times are predicted for an H200; of other targets, what went wrong is worth a row.
     kept = [row for row in rows if row["target"] == _PREDICTED or not _is_clean(row)]
     path = write_results(given.output, {**record, "summary": summary, "rows": kept})
-    print("\n".join(summary), f"\nwritten to {path}")
+    table = "\n".join(roofline_of(kept)) + "\n"
+    path.with_suffix(".txt").write_text(table, encoding="utf-8")
+    print("\n".join(summary), "", table, f"written to {path}", sep="\n")
 
 
-def collect(
-    layers: Sequence[str], dtypes: Sequence[str]
-) -> list[tuple[str, Program, list[Any], int]]:
-    """Return each program that the layers need, once, the types of its tensors, and their bytes.
+def collect(shapes: Sequence[layer.Shape], dtypes: Sequence[str]) -> list[Job]:
+    """Return each program that the layers need, once.
 
     Raises:
         RuntimeError: if a layer cannot be traced.
     """
-    found: dict[str, tuple[str, Program, list[torch.dtype], int]] = {}
+    found: dict[str, Job] = {}
+    current = ""
 
-    def note(name: str, program: Program, tensors: list[Tensor]) -> None:
+    def note(name: str, programs: tuple[Program, ...], tensors: list[Tensor]) -> None:
+        program = programs[0]
         # Scratch memory is written and read.
         scratch = sum(2 * x.elements * x.dtype.itemsize for x in program.scratch)
         moved = sum(x.numel() * x.itemsize for x in tensors) + scratch
-        found[program.text] = (name, program, [x.dtype for x in tensors], moved)
+        found.setdefault(
+            program.text, Job(name, program, [x.dtype for x in tensors], moved, current)
+        )
 
     gpu_build.LISTENERS.append(note)
     try:
-        for failure in gpu_warm.announce(layers, dtypes):
-            raise RuntimeError(str(failure))
+        for dtype in dtypes:
+            for shape in shapes:
+                current = f"{dtype} {'x'.join(map(str, shape))}"
+                for failure in gpu_warm.announce([shape], [dtype]):
+                    raise RuntimeError(str(failure))
     finally:
         gpu_build.LISTENERS.remove(note)
     return list(found.values())
 
 
-def compile_program(job: tuple[str, str, Program, list[torch.dtype], int]) -> list[Record]:
+def compile_program(what: tuple[str, Job]) -> list[Record]:
     """Return a record of each kernel of a program, compiled for one target."""
     from triton.backends.compiler import GPUTarget
 
-    target, name, program, dtypes, moved = job
+    target, job = what
+    program = job.program
     records = []
-    for launch in ahead.launches(name, program, dtypes):
+    for launch in ahead.launches(job.primitive, program, job.dtypes):
         record: Record = {
-            "target": target, "primitive": name, "kernel": launch.kernel.__name__,
-            "about": program.text.splitlines()[0].strip('"'), "grid": list(launch.grid),
-            "program_bytes": moved, "predicted_memory_s": moved / _BYTES_PER_S,
+            "target": target, "primitive": job.primitive, "kernel": launch.kernel.__name__,
+            "layer": job.layer, "about": program.text.splitlines()[0].strip('"'),
+            "grid": list(launch.grid), "program_bytes": job.moved_bytes,
+            "predicted_memory_s": job.moved_bytes / _MACHINE.bandwidth_bytes_per_s.value,
         }  # fmt: skip
         try:
             compiled = ahead.compile_for(launch, GPUTarget(*TARGETS[target]))
@@ -152,11 +183,46 @@ def _prediction(program: Program, launch: ahead.Launch) -> Record:
     else:
         options = launch.options
         steps = options["TAPS_Y"] * options["TAPS_X"] * options["BLOCKS"]
-    programs = launch.grid[0] * launch.grid[1] * (launch.grid[2] if len(launch.grid) > 2 else 1)
+    programs = prod(launch.grid)
     operations = 2 * programs * steps * number["BM"] * number["BN"] * number["BK"]
-    operand = launch.dtypes[0]
-    name = "int8" if operand is torch.uint8 else str(operand).removeprefix("torch.")
-    return {"operations": operations, "predicted_matrix_s": operations / _RATES[name]}
+    peak = _MACHINE.peak_flops_per_s[_MULTIPLIED.get(launch.dtypes[0], "int8")].value
+    units = _MACHINE.multiprocessors
+    assert units is not None
+    # The last wave of tiles takes as long as a full one.
+    waves = ceil(programs / units.count.value) * units.count.value / programs
+    return {"operations": operations, "predicted_matrix_s": operations / peak * waves}
+
+
+# float32 as tf32.
+_MULTIPLIED = {torch.float32: "tf32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def roofline_of(rows: Sequence[Record]) -> Iterator[str]:
+    """Yield tables of what is predicted: a row a primitive, a column a layer of GA's table."""
+    yield "PREDICTION, not measured: microseconds on an H200, at the rates of its data sheet. Bytes"
+    yield "are operands, results and scratch memory, each once, operations those of whole waves of"
+    yield "tiles; a primitive takes the longer of both: m memory, x matrix instructions."
+    cells: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["target"] == _PREDICTED:
+            times = cells.setdefault((row["primitive"], row["layer"]), {})
+            times.setdefault("m", []).append(row["predicted_memory_s"])
+            times.setdefault("x", []).append(row.get("predicted_matrix_s", 0.0))
+    names = ["x".join(map(str, shape)) for shape in layer.GA]
+    for dtype in layer.DTYPES:
+        kept = sorted({name for name, where in cells if where.startswith(dtype)})
+        if not kept:
+            continue
+        yield f"\n{dtype:16}" + "".join(f"{name:>15}" for name in names)
+        for primitive in kept:
+            line = ""
+            for name in names:
+                times = cells.get((primitive, f"{dtype} {name}"), {})
+                # The memory of a program is that of all its kernels; each multiplies for itself.
+                found = {"m": max(times.get("m", [0.0])), "x": sum(times.get("x", []))}
+                bound = max(found, key=found.__getitem__)
+                line += f"{f'{1e6 * found[bound]:.1f} {bound}' if times else '':>15}"
+            yield f"{primitive:16}{line}".rstrip()
 
 
 def _is_clean(row: Record) -> bool:

@@ -76,7 +76,7 @@ def compile_for(launch: Launch, target: Any) -> Any:
     import triton
     from triton.compiler import ASTSource
 
-    options = dict(launch.options)
+    options = build.fitted(launch.options, target.warp_size)
     names = launch.kernel.arg_names
     tensors, constants = names[: len(launch.dtypes)], names[len(launch.dtypes) :]
     signature = {name: _POINTERS[dtype] for name, dtype in zip(tensors, launch.dtypes, strict=True)}

@@ -8,6 +8,7 @@ those of `codegen.draws`, to the bit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from codegen import draws
 
 # Types that kernels read and write; they add up in float32.
 ELEMENTS = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
-# Multiprocessors of the GPU that grids are cut for: an H100. With others, tails differ a little.
-MULTIPROCESSORS = 132
+# Of an H100, for which grids are cut where there is no GPU.
+_MULTIPROCESSORS = 132
 
 _DRAWS = f"""
 @triton.jit
@@ -146,6 +147,14 @@ def power(number: int, least: int = 1, most: int = 1 << 30) -> int:
 def ceil_div(number: int, divisor: int) -> int:
     """Return how many pieces of a size a number is cut into."""
     return -(-number // divisor)
+
+
+@cache
+def multiprocessors() -> int:
+    """Return how many multiprocessors there are to share work out among."""
+    if not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def tf32_settings() -> tuple[bool, bool]:

@@ -229,11 +229,16 @@ def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         gpu_build.toolchain.cache_clear()
 
 
+def _once(run: Callable[[], object]) -> float:
+    run()
+    return 1.0
+
+
 @needs_triton
 def test_a_program_that_fails_warns_and_plain_torch_runs() -> None:
     kernel = kernels()["absolute_max"]
     broken = dataclasses.replace(kernel, emit_triton=lambda x: Program("def run(*_): 1 / 0\n"))
-    run, x = _GpuRunner(broken), torch.arange(-5.0, 3.0)
+    run, x = _GpuRunner(broken, _once), torch.arange(-5.0, 3.0)
     with pytest.warns(UserWarning, match="absolute_max runs in plain torch: division by zero"):
         assert run(x) == 5
     # Once: the next call neither tries nor warns.
@@ -253,7 +258,8 @@ def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_build, "toolchain", lambda: None)
     heard: list[tuple[str, list[torch.dtype]]] = []
 
-    def hear(name: str, program: Program, tensors: list[Tensor]) -> None:
+    def hear(name: str, programs: tuple[Program, ...], tensors: list[Tensor]) -> None:
+        assert len(programs) == 1
         heard.append((name, [tensor.dtype for tensor in tensors]))
 
     monkeypatch.setattr(gpu_build, "LISTENERS", [hear])
