@@ -220,7 +220,7 @@ def _layer(
         plain = lowered() if device == "cuda" else mine
     # The same draws, in plain torch: what the kernels should give but for rounding.
     difference = float((mine.double() - plain.double()).norm() / plain.double().norm())
-    runs = {"exact": layer.exact(shape, operands, [gradient]), name: lowered}
+    runs: dict[str, layer.Run] = {"exact": layer.exact(shape, operands, [gradient]), name: lowered}
     for run in runs.values():
         run()
     seconds = gpu_timing.times(runs, device)

@@ -12,15 +12,12 @@ proves that a kernel compiles and fits, not that it is right or fast.
 import argparse
 import json
 import re
-import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,38 +137,11 @@ def compile_program(what: tuple[str, Job]) -> list[Record]:
         text = compiled.asm["ptx" if target.startswith("sm") else "amdgcn"]
         record["shared_bytes"] = compiled.metadata.shared
         record["matrix_instructions"] = dict(Counter(_MATRIX.findall(text)).most_common(3))
-        record |= _usage(compiled) if target.startswith("sm") else _amd_usage(text)
+        record["registers"], record["spilled_bytes"] = ahead.usage(compiled)
         if launch.kernel.__name__ == "product":
             record |= _prediction(program, launch)
         records.append(record)
     return records
-
-
-def _usage(compiled: Any) -> Record:
-    """Return registers and spilled bytes, as Triton's copy of cuobjdump reads them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    registers, local = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
-    stack = re.search(r"STACK:(\d+)", text)
-    return {
-        "registers": int(registers[1]) if registers else None,
-        "spilled_bytes": int(local[1]) + int(stack[1] if stack else 0) if local else None,
-    }
-
-
-def _amd_usage(text: str) -> Record:
-    registers, spills = (
-        re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
-    )
-    return {
-        "registers": int(registers[1]) if registers else None,
-        "spilled_bytes": 4 * int(spills[1]) if spills else None,
-    }
 
 
 def _prediction(program: Program, launch: ahead.Launch) -> Record:

@@ -82,7 +82,7 @@ def _compiled(name: str, args: tuple[Any, ...], target: tuple[str, Any, int]) ->
 
 
 def _bytes(gradient: str) -> tuple[Any, ...]:
-    size = [32, 64, 16, 16]
+    size = [32, 128, 16, 16]
     sizes = (size, size, [3, 3], [1, 1], [1, 1], [1, 1], 1)
     given = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
     scales = torch.empty(()), torch.empty(())
@@ -95,10 +95,10 @@ _AXES = ([1, 1], [1, 1], [1, 1])
 
 
 def _rows() -> tuple[Any, ...]:
-    image = torch.empty(32, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    image = torch.empty(32, 128, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
     index, weight = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
-    sums = torch.empty(64, 3, 3)
-    return image, image, index, weight, torch.empty(64), sums, [3, 3], *_AXES, 1, True
+    sums = torch.empty(128, 3, 3)
+    return image, image, index, weight, torch.empty(128), sums, [3, 3], *_AXES, 1, True
 
 
 def _listed() -> tuple[Any, ...]:
@@ -112,12 +112,22 @@ def _masked() -> tuple[Any, ...]:
     return image, image, torch.empty(()), [3, 3], *_AXES, 1
 
 
+def _pruned() -> tuple[Any, ...]:
+    """In float32, which is multiplied as tf32 and takes registers for it."""
+    grad = torch.empty(32, 128, 32, 32, memory_format=torch.channels_last)
+    weight = torch.empty(128, 128, 3, 3, memory_format=torch.channels_last)
+    size = [32, 128, 32, 32]
+    draw = torch.empty(()), torch.empty((), dtype=torch.int64)
+    return grad, weight, *draw, size, [1, 1], [1, 1], [1, 1], 1, 0, 1
+
+
 PRODUCTS = {
     "int8_dgrad": (lambda: _bytes("input"), ("s32.s8.s8", "mfma_i32")),
     "int8_wgrad": (lambda: _bytes("weight"), ("s32.s8.s8", "mfma_i32")),
     "masked_wgrad": (_masked, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_channels": (_listed, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_wgrad": (_rows, ("f32.bf16.bf16", "mfma_f32")),
+    "pruned_dgrad": (_pruned, ("f32.tf32.tf32", "mfma_f32")),
 }
 
 
@@ -127,16 +137,19 @@ PRODUCTS = {
 @pytest.mark.parametrize(
     "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda t: str(t[1])
 )
-def test_products_use_tensor_cores(
+def test_products_use_tensor_cores_and_spill_nothing(
     name: str, target: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled ahead of time; a GPU that lacks the shared memory would refuse the binary."""
+    """Compiled ahead of time, in the largest tiles; a GPU would refuse too much shared memory."""
     monkeypatch.setattr(int8, "zero_point", lambda device: 0)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     args, (nvidia, amd) = PRODUCTS[name]
     for compiled in _compiled(name, args(), target):
         text = compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
         wanted = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*"}.get(target[1])
         assert re.search(f"{wanted}{nvidia}" if wanted else f"v_{amd}", text)
+        registers, spilled = ahead.usage(compiled)
+        assert 32 <= registers <= (255 if target[0] == "cuda" else 512) and not spilled
         # Of an A100 and more; of the least AMD GPU.
         assert compiled.metadata.shared <= (163 << 10 if target[0] == "cuda" else 64 << 10)
 

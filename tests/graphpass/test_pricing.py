@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import graphpass
 from codegen import int8
 from cost_model import DATASHEETS, KernelCost, counted_once
 from graphpass import (
@@ -25,6 +26,7 @@ from graphpass import (
     trial,
     workloads,
 )
+from graphpass.backend import approx
 from graphpass.calibration import Machine, Measurement
 from graphpass.capture import Analysis
 from graphpass.method import Method, get_method, methods
@@ -267,6 +269,30 @@ def test_what_a_gpu_would_approximate_is_timed_before_it_is_planned(
     before = len(timed)
     assert make_plan(analysis, options, 0, None).decisions == plan.decisions
     assert len(timed) == before
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_products_are_timed_while_a_model_is_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On real operands, in the midst of Dynamo's fake ones; here the method's are cheap."""
+    results: list[Any] = []
+
+    def best_s(run: Callable[[], object], limit_s: float) -> float:
+        results.append(run())
+        return limit_s / len(results)
+
+    monkeypatch.setattr(pricing, "best_s", best_s)
+    monkeypatch.setattr(trial, "approximate", trial.uncompiled)
+    monkeypatch.setattr(pricing.HardwarePricing, "guesses_about_a_gpu", True)
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    options = {"methods": ["int8"], "budget": 1.0, "strict": True, "warmup_steps": 0}
+    compiled = torch.compile(model, backend=approx, options=options)
+    compiled(torch.randn(8, 16, 32, 32)).sum().backward()
+    sources = {row.prediction.planned_source for row in graphpass.reports()[-1].rows}
+    assert results and "measured" in sources
+    tensors = [x for result in results for x in result if x is not None]
+    assert all(type(x) is torch.Tensor and x.isfinite().all() for x in tensors)
 
 
 def test_a_method_is_timed_without_being_compiled_on_a_gpu() -> None:
