@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from math import ceil, prod
@@ -46,14 +46,14 @@ class Job:
         program: its Triton.
         dtypes: of operands and results.
         moved_bytes: of operands, results and scratch memory.
-        layer: the first that needs it, with its type.
+        layers: those that need it, with their types.
     """
 
     primitive: str
     program: Program
     dtypes: list[torch.dtype]
     moved_bytes: int
-    layer: str
+    layers: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(summary), "", table, f"written to {path}", sep="\n")
 
 
-def collect(shapes: Sequence[layer.Shape], dtypes: Sequence[str]) -> list[Job]:
+def collect(shapes: Sequence[layer.Shape], types: Sequence[str]) -> list[Job]:
     """Return each program that the layers need, once.
 
     Raises:
@@ -99,16 +99,17 @@ def collect(shapes: Sequence[layer.Shape], dtypes: Sequence[str]) -> list[Job]:
         # Scratch memory is written and read.
         scratch = sum(2 * x.elements * x.dtype.itemsize for x in program.scratch)
         moved = sum(x.numel() * x.itemsize for x in tensors) + scratch
-        found.setdefault(
-            program.text, Job(name, program, [x.dtype for x in tensors], moved, current)
-        )
+        dtypes = [tensor.dtype for tensor in tensors]
+        job = found.setdefault(program.text, Job(name, program, dtypes, moved, []))
+        if current not in job.layers:
+            job.layers.append(current)
 
     gpu_build.LISTENERS.append(note)
     try:
-        for dtype in dtypes:
+        for name in types:
             for shape in shapes:
-                current = f"{dtype} {'x'.join(map(str, shape))}"
-                for failure in gpu_warm.announce([shape], [dtype]):
+                current = f"{name} {'x'.join(map(str, shape))}"
+                for failure in gpu_warm.announce([shape], [name]):
                     raise RuntimeError(str(failure))
     finally:
         gpu_build.LISTENERS.remove(note)
@@ -125,7 +126,8 @@ def compile_program(what: tuple[str, Job]) -> list[Record]:
     for launch in ahead.launches(job.primitive, program, job.dtypes):
         record: Record = {
             "target": target, "primitive": job.primitive, "kernel": launch.kernel.__name__,
-            "layer": job.layer, "about": program.text.splitlines()[0].strip('"'),
+            "layers": job.layers, "file": gpu_build.path_of(job.primitive, program).name,
+            "about": program.text.splitlines()[0].strip('"'),
             "grid": list(launch.grid), "program_bytes": job.moved_bytes,
             "predicted_memory_s": job.moved_bytes / _MACHINE.bandwidth_bytes_per_s.value,
         }  # fmt: skip
@@ -171,28 +173,34 @@ def roofline_of(rows: Sequence[Record]) -> Iterator[str]:
     """Yield tables of what is predicted: a row a primitive, a column a layer of GA's table."""
     yield "PREDICTION, not measured: microseconds on an H200, at the rates of its data sheet. Bytes"
     yield "are operands, results and scratch memory, each once, operations those of whole waves of"
-    yield "tiles; a primitive takes the longer of both: m memory, x matrix instructions."
-    cells: dict[tuple[str, str], dict[str, list[float]]] = {}
+    yield "tiles. A primitive takes the longer of both (m memory, x matrix instructions); where a"
+    yield "layer calls it several times, as for both operands, the longest call is shown."
+    # Of each program, the memory of all its kernels, and what those multiply one after the other.
+    moving, multiplying = dict[str, float](), dict[str, float]()
+    programs: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         if row["target"] == _PREDICTED:
-            times = cells.setdefault((row["primitive"], row["layer"]), {})
-            times.setdefault("m", []).append(row["predicted_memory_s"])
-            times.setdefault("x", []).append(row.get("predicted_matrix_s", 0.0))
-    names = ["x".join(map(str, shape)) for shape in layer.GA]
+            name = row["file"]
+            moving[name] = row["predicted_memory_s"]
+            multiplying[name] = multiplying.get(name, 0.0) + row.get("predicted_matrix_s", 0.0)
+            for where in row["layers"]:
+                programs.setdefault((row["primitive"], where), set()).add(name)
+    layers = ["x".join(map(str, shape)) for shape in layer.GA]
     for dtype in layer.DTYPES:
-        kept = sorted({name for name, where in cells if where.startswith(dtype)})
-        if not kept:
-            continue
-        yield f"\n{dtype:16}" + "".join(f"{name:>15}" for name in names)
-        for primitive in kept:
-            line = ""
-            for name in names:
-                times = cells.get((primitive, f"{dtype} {name}"), {})
-                # The memory of a program is that of all its kernels; each multiplies for itself.
-                found = {"m": max(times.get("m", [0.0])), "x": sum(times.get("x", []))}
-                bound = max(found, key=found.__getitem__)
-                line += f"{f'{1e6 * found[bound]:.1f} {bound}' if times else '':>15}"
-            yield f"{primitive:16}{line}".rstrip()
+        yield f"\n{dtype:16}" + "".join(f"{name:>15}" for name in layers)
+        for primitive in sorted({name for name, where in programs if where.startswith(dtype)}):
+            found = (programs.get((primitive, f"{dtype} {where}"), ()) for where in layers)
+            cells = (_longest(files, moving, multiplying) for files in found)
+            yield f"{primitive:16}{''.join(f'{cell:>15}' for cell in cells)}".rstrip()
+
+
+def _longest(
+    files: Collection[str], moving: Mapping[str, float], multiplying: Mapping[str, float]
+) -> str:
+    """Return the longest of a layer's programs of one kind, and what bounds it."""
+    times = [(moving[name], "m") for name in files] + [(multiplying[name], "x") for name in files]
+    seconds, bound = max(times, default=(0.0, ""))
+    return f"{1e6 * seconds:.1f} {bound}" if bound else ""
 
 
 def _is_clean(row: Record) -> bool:
