@@ -187,8 +187,10 @@ def roofline_of(rows: Sequence[Record]) -> Iterator[str]:
                 programs.setdefault((row["primitive"], where), set()).add(name)
     layers = ["x".join(map(str, shape)) for shape in layer.GA]
     for dtype in layer.DTYPES:
-        yield f"\n{dtype:16}" + "".join(f"{name:>15}" for name in layers)
-        for primitive in sorted({name for name, where in programs if where.startswith(dtype)}):
+        primitives = sorted({name for name, where in programs if where.startswith(dtype)})
+        if primitives:
+            yield f"\n{dtype:16}" + "".join(f"{name:>15}" for name in layers)
+        for primitive in primitives:
             found = (programs.get((primitive, f"{dtype} {where}"), ()) for where in layers)
             cells = (_longest(files, moving, multiplying) for files in found)
             yield f"{primitive:16}{''.join(f'{cell:>15}' for cell in cells)}".rstrip()

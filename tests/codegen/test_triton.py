@@ -102,7 +102,7 @@ def _rows() -> tuple[Any, ...]:
 
 
 def _listed() -> tuple[Any, ...]:
-    image, weight = _rows()[0], torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+    image, weight = _rows()[0], torch.empty(128, 128, 3, 3, dtype=torch.bfloat16)
     index = torch.empty(1, 32, dtype=torch.int64)
     return image, weight, index, torch.empty(1, 32), list(image.shape), *_AXES, 1, True
 
