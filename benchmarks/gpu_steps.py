@@ -38,6 +38,7 @@ BOTH = ("weight", "input")
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "inductor": None,
     "int8": {"methods": {"*": [{"name": "int8", "gradient": side} for side in BOTH]}},
+    "fp8": {"methods": {"*": [{"name": "fp8", "gradient": side} for side in BOTH]}},
     "pixels": {"methods": {"*": {"name": "pixels", "gradient": "weight"}}},
     "inductor, CUDA graphs": None,
     "int8, CUDA graphs": {"methods": {"*": [{"name": "int8", "gradient": side} for side in BOTH]}},

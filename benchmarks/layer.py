@@ -34,6 +34,7 @@ RESNET50: tuple[Shape, ...] = (
 # methods, and parameters that are not the default ones.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int8", {}),
+    "fp8": ("fp8", {}),
     "phase": ("phase", {}),
     "pixels": ("pixels", {}),
     "prune": ("prune", {}),
@@ -86,6 +87,7 @@ def site(shape: Shape, given: dict[str, Tensor], gradient: Gradient) -> Site:
     return Site(
         "conv", "conv", gradient, "convolution", "node", place, 1, shapes, result,
         str(grad.dtype).removeprefix("torch."), grad.dtype.itemsize, geometry(shape),
+        device=grad.device.type,
     )  # fmt: skip
 
 

@@ -23,12 +23,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.plans import PLANS, options_of
+from benchmarks.plans import BACKWARD, PLANS, options_of
 from benchmarks.timing import write_results
 from benchmarks.training_step import BATCH, Case
 from examples import data
 
 Batch = tuple[Tensor, Tensor]
+
+
+def _fp8(*gradients: str) -> list[dict[str, Any]]:
+    """Return 8-bit floats in plain torch: a CPU has none."""
+    return [{"name": "fp8", "gradient": gradient, "emulate": True} for gradient in gradients]
+
+
+EMULATED = {
+    "fp8": _fp8(*BACKWARD),
+    "fp8, forward too": _fp8("forward", *BACKWARD),
+    **{f"fp8 {gradient}": _fp8(gradient) for gradient in ("forward", *BACKWARD)},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {}
     for name in given.plans:
         torch._dynamo.reset()
-        options = options_of(Case(given.model), PLANS[name])
+        options = options_of(Case(given.model), {**PLANS, **EMULATED}[name])
         planned = torch.compile(model, backend="approx", options=options)
         draws = [_gradient(model, planned, batch) for _ in range(given.draws)]
         noise = _variance(draws)
@@ -108,7 +120,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=__doc__)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as published; digits without it")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=tuple(PLANS))
+    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=(*PLANS, *EMULATED))
     parser.add_argument("--steps", type=int, default=200, help="exact steps before")
     parser.add_argument("--batches", type=int, default=48)
     parser.add_argument("--draws", type=int, default=16)

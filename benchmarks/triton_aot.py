@@ -1,4 +1,4 @@
-"""Every Triton kernel of every layer, compiled for three GPUs where there is none.
+"""Every Triton kernel of every layer, compiled for GPUs where there is none.
 
     python -m benchmarks.triton_aot                      # GA's layers and ResNet-50's, all targets
     python -m benchmarks.triton_aot ga --targets sm_90 --dtypes bf16
@@ -19,19 +19,24 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpu_warm, layer
 from benchmarks.timing import write_results
-from codegen.gpu import ahead
+from codegen.gpu import ahead, target
 from codegen.gpu import build as gpu_build
 from codegen.gpu.source import Program
 from cost_model import DATASHEETS
 
 Record = dict[str, Any]
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64),
+    "sm_89": ("cuda", 89, 32),
+}  # fmt: skip
+_USUAL = ("sm_80", "sm_90", "gfx942")
 _MACHINE = DATASHEETS["H200"]
 _PREDICTED = "sm_90"
 _MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.:]*")
@@ -61,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_aot", description=__doc__)
     names = ["ga", "resnet50"]
     parser.add_argument("layers", nargs="*", default=names, help=" or ".join(names))
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", default=_USUAL, choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(layer.DTYPES))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", default="triton_aot", help="name of the results file")
     given = parser.parse_args(argv)
     shapes = [shape for name in given.layers for shape in layer.NAMED[name]]
-    programs = collect(shapes, given.dtypes)
-    jobs = [(target, program) for target in given.targets for program in programs]
+    jobs = [
+        (name, program) for name in given.targets for program in collect(shapes, given.dtypes, name)
+    ]
     start, rows = time.perf_counter(), []
     with ProcessPoolExecutor(given.workers) as pool:
         for records in pool.map(compile_program, jobs):
@@ -85,8 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(summary), "", table, f"written to {path}", sep="\n")
 
 
-def collect(shapes: Sequence[layer.Shape], types: Sequence[str]) -> list[Job]:
+def collect(shapes: Sequence[layer.Shape], types: Sequence[str], architecture: str) -> list[Job]:
     """Return each program that the layers need, once.
+
+    Args:
+        shapes: the layers.
+        types: names of element types.
+        architecture: what is to run them: not every GPU has 8-bit floats, nor the same ones.
 
     Raises:
         RuntimeError: if a layer cannot be traced.
@@ -106,11 +117,12 @@ def collect(shapes: Sequence[layer.Shape], types: Sequence[str]) -> list[Job]:
 
     gpu_build.LISTENERS.append(note)
     try:
-        for name in types:
-            for shape in shapes:
-                current = f"{name} {'x'.join(map(str, shape))}"
-                for failure in gpu_warm.announce([shape], [name]):
-                    raise RuntimeError(str(failure))
+        with mock.patch.object(target, "architecture", lambda: architecture):
+            for name in types:
+                for shape in shapes:
+                    current = f"{name} {'x'.join(map(str, shape))}"
+                    for failure in gpu_warm.announce([shape], [name]):
+                        raise RuntimeError(str(failure))
     finally:
         gpu_build.LISTENERS.remove(note)
     return list(found.values())
@@ -120,23 +132,23 @@ def compile_program(what: tuple[str, Job]) -> list[Record]:
     """Return a record of each kernel of a program, compiled for one target."""
     from triton.backends.compiler import GPUTarget
 
-    target, job = what
+    machine, job = what
     program = job.program
     records = []
     for launch in ahead.launches(job.primitive, program, job.dtypes):
         record: Record = {
-            "target": target, "primitive": job.primitive, "kernel": launch.kernel.__name__,
+            "target": machine, "primitive": job.primitive, "kernel": launch.kernel.__name__,
             "layers": job.layers, "file": gpu_build.path_of(job.primitive, program).name,
             "about": program.text.splitlines()[0].strip('"'),
             "grid": list(launch.grid), "program_bytes": job.moved_bytes,
             "predicted_memory_s": job.moved_bytes / _MACHINE.bandwidth_bytes_per_s.value,
         }  # fmt: skip
         try:
-            compiled = ahead.compile_for(launch, GPUTarget(*TARGETS[target]))
+            compiled = ahead.compile_for(launch, GPUTarget(*TARGETS[machine]))
         except Exception as error:
             records.append({**record, "failed": f"{type(error).__name__}: {error}"[:2000]})
             continue
-        text = compiled.asm["ptx" if target.startswith("sm") else "amdgcn"]
+        text = compiled.asm["ptx" if machine.startswith("sm") else "amdgcn"]
         record["shared_bytes"] = compiled.metadata.shared
         record["matrix_instructions"] = dict(Counter(_MATRIX.findall(text)).most_common(3))
         record["registers"], record["spilled_bytes"] = ahead.usage(compiled)
@@ -213,10 +225,10 @@ def summary_of(rows: Sequence[Record]) -> Iterator[str]:
     """Yield a table: by target and kernel, how many, and the worst of each figure."""
     head = f"{'target':8}{'primitive':16}{'kernel':14}{'count':>6}{'failed':>7}{'registers':>10}"
     yield f"{head}{'spilled B':>10}{'shared B':>10}  matrix instruction"
-    for target, name, kernel in sorted({(r["target"], r["primitive"], r["kernel"]) for r in rows}):
+    for machine, name, kernel in sorted({(r["target"], r["primitive"], r["kernel"]) for r in rows}):
         group = [
             row for row in rows
-            if (row["target"], row["primitive"], row["kernel"]) == (target, name, kernel)
+            if (row["target"], row["primitive"], row["kernel"]) == (machine, name, kernel)
         ]  # fmt: skip
         good = [row for row in group if "failed" not in row]
         most = [
@@ -226,7 +238,7 @@ def summary_of(rows: Sequence[Record]) -> Iterator[str]:
         used = sorted({key for row in good for key in row["matrix_instructions"]})
         figures = "".join(f"{figure:>10}" for figure in most)
         failed = len(group) - len(good)
-        yield f"{target:8}{name:16}{kernel:14}{len(group):>6}{failed:>7}{figures}  " + " ".join(
+        yield f"{machine:8}{name:16}{kernel:14}{len(group):>6}{failed:>7}{figures}  " + " ".join(
             used[:2]
         )
 

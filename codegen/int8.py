@@ -66,9 +66,19 @@ def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
     return (fixed.round().to(torch.int32) + random) >> 16
 
 
-def to_bytes(values: Tensor, before: list[int], after: list[int]) -> Tensor:
-    """Return the layout above of integers in [-128, 127]: [B, C, H, W] -> uint8, flat."""
-    border, zero = [before[1], after[1], before[0], after[0]], zero_point(values.device)
+def to_bytes(
+    values: Tensor, before: list[int], after: list[int], zero: int | None = None
+) -> Tensor:
+    """Return the layout above of integers in [-128, 127]: [B, C, H, W] -> uint8, flat.
+
+    Args:
+        values: the integers, or any bytes where `zero` is given.
+        before: zeros before the first row and column.
+        after: zeros after the last.
+        zero: the byte that stands for 0; None for `zero_point`.
+    """
+    border = [before[1], after[1], before[0], after[0]]
+    zero = zero_point(values.device) if zero is None else zero
     # Negative numbers wrap around to their two's complement.
     biased = (values + zero) & 0xFF
     pixels = torch.nn.functional.pad(biased, border, value=zero).permute(0, 2, 3, 1)
@@ -76,13 +86,27 @@ def to_bytes(values: Tensor, before: list[int], after: list[int]) -> Tensor:
 
 
 def from_bytes(
-    bytes_: Tensor, size: list[int], before: list[int], after: list[int], dtype: torch.dtype
+    bytes_: Tensor,
+    size: list[int],
+    before: list[int],
+    after: list[int],
+    dtype: torch.dtype,
+    stored: torch.dtype = torch.int8,
 ) -> Tensor:
-    """Return the integers, without border: uint8, flat -> [B, C, H, W] of `dtype`."""
+    """Return the numbers, without border: uint8, flat -> [B, C, H, W] of `dtype`.
+
+    Args:
+        bytes_: as `to_bytes` returns them.
+        size: [B, C, H, W].
+        before: zeros before the first row and column.
+        after: zeros after the last.
+        dtype: of the result.
+        stored: what the bytes are.
+    """
     shape = padded(size, before, after)
     values = bytes_[: math.prod(shape)].view(shape).permute(0, 3, 1, 2)
-    zero = zero_point(bytes_.device)
-    pixels = values.to(dtype) - zero if zero else values.view(torch.int8).to(dtype)
+    zero = zero_point(bytes_.device) if stored is torch.int8 else 0
+    pixels = values.to(dtype) - zero if zero else values.view(stored).to(dtype)
     inside = pixels[:, :, before[0] : before[0] + size[2], before[1] : before[1] + size[3]]
     return inside.contiguous(memory_format=torch.channels_last)
 

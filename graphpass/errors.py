@@ -39,6 +39,7 @@ class Reason(StrEnum):
     NO_COUNTERPART = "no forward product belongs to this one"
     UNSUPPORTED_DTYPE = "not a floating-point product"
     UNSUPPORTED_SHAPE = "the method has no form for this shape"
+    NO_HARDWARE = "the device has no such arithmetic"
     NOT_CHEAPER = "the method would do no less work than the exact product"
     NEVER_SCHEDULED = "the schedule never selects this layer"
     GIVEN_PLAN = "the plan was given, and is not changed"

@@ -80,6 +80,7 @@ class Site:
         factors: names of the nodes that the forward product of a layer multiplies; () if it is not
             known, and for what is no gradient of a matrix product.
         outer: axis of such a gradient along which it has what the forward product sums over.
+        device: type of device that it is computed on.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Site:
     number: int = 1
     factors: tuple[str, ...] = ()
     outer: int | None = None
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
@@ -238,6 +240,7 @@ class _Finder:
             reason=reason if value.dtype.is_floating_point else Reason.UNSUPPORTED_DTYPE,
             factors=factors,
             outer=outer,
+            device=value.device.type,
         )
 
 

@@ -1,4 +1,4 @@
-"""Products of 8-bit numbers in Triton: programs for the three products of a convolution."""
+"""Products of 8-bit numbers in Triton, integers or floats: the three of a convolution."""
 
 import math
 
@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from codegen import int8
-from codegen.gpu import products, weight_gradient
+from codegen.gpu import products
 from codegen.gpu import source as gpu
+from codegen.gpu import weight_gradient as gradients
+
+_INTEGERS = (torch.int8, torch.int8)
 
 
 def product(
     name: str,
     result: Tensor,
-    operand: Tensor,
     scales: tuple[Tensor, Tensor],
     shape: list[int],
     border: tuple[list[int], list[int]],
@@ -22,6 +24,7 @@ def product(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    stored: tuple[torch.dtype, torch.dtype] = _INTEGERS,
     *,
     forward: bool,
 ) -> gpu.Program | str:
@@ -30,7 +33,6 @@ def product(
     Args:
         name: of the primitive.
         result: what it fills, meta.
-        operand: bytes of the input or of the output gradient.
         scales: of both operands.
         shape: of the operand, without its border.
         border: of the operand, before and after.
@@ -39,6 +41,7 @@ def product(
         padding: one number a spatial axis.
         dilation: one number a spatial axis.
         groups: groups of channels.
+        stored: what the bytes of both operands are.
         forward: whether this is a forward product.
     """
     reason = gpu.unsupported(result)
@@ -51,19 +54,64 @@ def product(
     parts = products.emit(
         products.Product(
             result, contracted, (height, width), border[0], weight_strides, kernel, stride,
-            padding, dilation, groups, forward, torch.int8, int8.zero_point(operand.device),
+            padding, dilation, groups, forward, *stored, zero=_zero(scales[0], stored[0]),
         )
     )  # fmt: skip
     if isinstance(parts, str):
         return parts
     scratch = ", arranged" if parts.scratch else ""
-    run = [
-        f"def run(operand, weight, first_scale, second_scale, out{scratch}):",
-        "    scales = first_scale, second_scale",
-        *(f"    {line}" for line in parts.lines),
-    ]
-    about = gpu.about(name, result=result)
-    return gpu.program(about, parts.constants, parts.text + "\n" + "\n".join(run), parts.scratch)
+    head = f"operand, weight, first_scale, second_scale, out{scratch}"
+    return _program(name, result, parts, head, "scales = first_scale, second_scale")
+
+
+def weight_gradient(
+    name: str,
+    result: Tensor,
+    scales: tuple[Tensor, Tensor],
+    out_size: list[int],
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    stored: tuple[torch.dtype, torch.dtype] = _INTEGERS,
+) -> gpu.Program | str:
+    """Return the program of a weight gradient.
+
+    Args:
+        name: of the primitive.
+        result: what it fills, meta.
+        scales: of output gradient and input.
+        out_size: of the output gradient, without its border.
+        size: of the input, likewise.
+        kernel: the kernel's spatial sizes.
+        stride: one number a spatial axis.
+        padding: one number a spatial axis.
+        dilation: one number a spatial axis.
+        groups: groups of channels.
+        stored: what the bytes of output gradient and input are.
+    """
+    if any(scale.dtype != torch.float32 for scale in scales):
+        return "the scales are no float32"
+    axes = kernel, stride, padding, dilation
+    grad_border = int8.grad_border(size[2:], out_size[2:], *axes)
+    input_border = int8.input_border(size[2:], out_size[2:], *axes)
+    _, high, wide, out_channels = int8.padded(out_size, *grad_border)
+    _, height, width, channels = int8.padded(size, *input_border)
+    grad_strides = (high * wide * out_channels, 1, wide * out_channels, out_channels)
+    first = grad_border[0][0] * grad_strides[2] + grad_border[0][1] * grad_strides[3]
+    x_strides = (height * width * channels, 1, width * channels, channels)
+    corner = [padding[axis] - input_border[0][axis] for axis in range(2)]
+    problem = gradients.Problem(
+        result, out_size, [size[0], channels, height, width], grad_strides, x_strides, first,
+        kernel, stride, corner, dilation, groups, *stored, bordered=True,
+        zero=_zero(scales[0], stored[0]),
+    )  # fmt: skip
+    parts = gradients.emit(problem, math.prod(out_size) // out_size[1], gradients.BYTES)
+    if isinstance(parts, str):
+        return parts
+    return _program(name, result, parts, "grad, x, grad_scale, input_scale, out, sums")
 
 
 def weight_gradient_program(
@@ -80,33 +128,25 @@ def weight_gradient_program(
     groups: int,
     channels_last: bool,
 ) -> gpu.Program | str:
-    """Return the program of a weight gradient; arguments as those of the primitive."""
-    del x
-    if not grad_scale.dtype == input_scale.dtype == torch.float32:
-        return "the scales are no float32"
+    """Return the program of `int8_wgrad`; arguments as those of the primitive."""
+    del grad, x
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (out_size[1], size[1] // groups, *kernel)
     result = torch.empty(shape, device="meta", memory_format=layout)
-    axes = kernel, stride, padding, dilation
-    grad_border = int8.grad_border(size[2:], out_size[2:], *axes)
-    input_border = int8.input_border(size[2:], out_size[2:], *axes)
-    _, high, wide, out_channels = int8.padded(out_size, *grad_border)
-    _, height, width, channels = int8.padded(size, *input_border)
-    grad_strides = (high * wide * out_channels, 1, wide * out_channels, out_channels)
-    first = grad_border[0][0] * grad_strides[2] + grad_border[0][1] * grad_strides[3]
-    x_strides = (height * width * channels, 1, width * channels, channels)
-    corner = [padding[axis] - input_border[0][axis] for axis in range(2)]
-    problem = weight_gradient.Problem(
-        result, out_size, [size[0], channels, height, width], grad_strides, x_strides, first,
-        kernel, stride, corner, dilation, groups, torch.int8, bordered=True,
-        zero=int8.zero_point(grad.device),
+    return weight_gradient(
+        "int8_wgrad", result, (grad_scale, input_scale), out_size, size, kernel, stride, padding,
+        dilation, groups,
     )  # fmt: skip
-    parts = weight_gradient.emit(problem, math.prod(out_size) // out_size[1], weight_gradient.BYTES)
-    if isinstance(parts, str):
-        return parts
-    run = [
-        "def run(grad, x, grad_scale, input_scale, out, sums):",
-        *(f"    {line}" for line in parts.lines),
-    ]
-    about = gpu.about("int8_wgrad", result=result)
+
+
+def _program(
+    name: str, result: Tensor, parts: products.Parts, arguments: str, *lines: str
+) -> gpu.Program:
+    run = [f"def run({arguments}):", *(f"    {line}" for line in (*lines, *parts.lines))]
+    about = gpu.about(name, result=result)
     return gpu.program(about, parts.constants, parts.text + "\n" + "\n".join(run), parts.scratch)
+
+
+def _zero(scale: Tensor, stored: torch.dtype) -> int:
+    """Return the byte that stands for 0."""
+    return int8.zero_point(scale.device) if stored is torch.int8 else 0

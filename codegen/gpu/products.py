@@ -42,7 +42,9 @@ class Product:
         dilation: one number a spatial axis.
         groups: groups of channels.
         forward: whether this is a forward product, not an input gradient.
-        dtype: of both operands; int8 for bytes, which have scales.
+        dtype: of the other operand, and of the weight unless that has another; those of
+            `source.BYTES` have scales.
+        weight_dtype: of the weight; None for `dtype`.
         zero: the byte that stands for zero.
         operand_strides: of the other operand, [B, C, H, W]; None for channels last.
         bordered: whether no tap falls outside.
@@ -61,6 +63,7 @@ class Product:
     groups: int
     forward: bool
     dtype: torch.dtype
+    weight_dtype: torch.dtype | None = None
     zero: int = 0
     operand_strides: tuple[int, ...] | None = None
     bordered: bool = True
@@ -138,7 +141,7 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
     if batch * prod(size) >= _MOST or prod(problem.kernel) * depth << 14 >= _MOST:
         return "sums or images that are too long"
     phases = _phases(problem, size)
-    taps = prod(problem.kernel)
+    taps, byte = prod(problem.kernel), problem.dtype in gpu.BYTES
     least, most = _DEPTHS[problem.dtype.itemsize]
     # Channels of a list have an address each: a deep tile's would not fit into registers.
     deep = gpu.power(depth, least, most if problem.taken is None else most // 2)
@@ -163,7 +166,8 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
         **gpu.strides("RS", result), **tile,
         "N_TILES": gpu.ceil_div(columns, tile["BN"]),
         "WHOLE": whole, "FREE": whole and problem.bordered, "ZERO": problem.zero,
-        "BYTES": problem.dtype is torch.int8,
+        "OPERAND_TYPE": gpu.BYTES.get(problem.dtype),
+        "WEIGHT_TYPE": gpu.BYTES.get(problem.weight_dtype or problem.dtype),
         "SUM": "tl.int32" if problem.dtype is torch.int8 else "tl.float32",
         "PRECISION": gpu.precision(problem.dtype, maps),
         "INDEX": gpu.index_type(result, reach, channels * taps * depth),
@@ -180,7 +184,7 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
         "".join(f", {name}" for name in names) for names in (form.channels, form.filters)
     )
     if form is not PLAIN or not problem.arranged:
-        dtype = torch.uint8 if problem.dtype is torch.int8 else problem.dtype
+        dtype = torch.uint8 if byte else problem.dtype
         scratch = (gpu.Scratch(channels * taps * depth, dtype),)
         grid = "(triton.cdiv(ARRANGED.value, 1024),)"
         lines.append(f"arrange[{grid}](weight{of_filters}, arranged)")
@@ -196,8 +200,8 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
             f"        operand, {filters}, *scales{of_channels}, out, "
             f"{given}, {_options(tile, problem.dtype)}\n    )"
         )
-    text = (_BYTES if problem.dtype is torch.int8 else _FLOATS) + form.text + _TEXT
-    scales = ", first_scale, second_scale" if problem.dtype is torch.int8 else ""
+    text = (_BYTES if byte else _FLOATS) + form.text + gpu.added(problem.dtype) + _TEXT
+    scales = ", first_scale, second_scale" if byte else ""
     names = {", SCALES": scales, ", CHANNELS": of_channels, ", FILTERS": of_filters}
     for place, given_names in names.items():
         text = text.replace(place, given_names)
@@ -275,15 +279,14 @@ def _input_axis(problem: Product, axis: int, length: int, rest: int) -> tuple[in
 
 _BYTES = """
 @triton.jit
-def read(at, mask, free: tl.constexpr):
+def read(at, mask, free: tl.constexpr, TYPE: tl.constexpr):
     # With a zero point of 0 a byte is the number: it goes to the tensor cores as it is.
     if ZERO == 0:
-        at = at.to(tl.pointer_type(tl.int8), bitcast=True)
-    byte = tl.load(at) if free else tl.load(at, mask=mask, other=ZERO)
-    if ZERO == 0:
-        return byte
+        at = at.to(tl.pointer_type(TYPE), bitcast=True)
+        return tl.load(at) if free else tl.load(at, mask=mask, other=0.0)
     else:
-        return (byte ^ ZERO).to(tl.int8, bitcast=True)
+        byte = tl.load(at) if free else tl.load(at, mask=mask, other=ZERO)
+        return (byte ^ ZERO).to(TYPE, bitcast=True)
 
 
 @triton.jit
@@ -294,7 +297,7 @@ def scaled(sum, first_scale, second_scale):
 
 _FLOATS = """
 @triton.jit
-def read(at, mask, free: tl.constexpr):
+def read(at, mask, free: tl.constexpr, TYPE: tl.constexpr):
     return tl.load(at) if free else tl.load(at, mask=mask, other=0.0)
 
 
@@ -352,9 +355,11 @@ def product(
             at_x = side + x * MOVE_X
             seen = ((at_y >= 0) & (at_y < HEIGHT) & (at_x >= 0) & (at_x < WIDTH))[:, None]
             mask = seen if WHOLE else seen & mask
-        left = read(operand + corner[:, None] + (move + channel * OS1)[None, :], mask, FREE)
-        right = read(weight + filters[None, :] + (tap + number)[:, None], inside[:, None], WHOLE)
-        sum = tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=SUM)
+        left_at = operand + corner[:, None] + (move + channel * OS1)[None, :]
+        left = read(left_at, mask, FREE, OPERAND_TYPE)
+        right_at = weight + filters[None, :] + (tap + number)[:, None]
+        right = read(right_at, inside[:, None], WHOLE, WEIGHT_TYPE)
+        sum = added(sum, left, right)
     value = scaled(sum, SCALES).to(out.dtype.element_ty)
     at = image * RS0 + (row * OUT_Y + REST_Y) * RS2 + (column * OUT_X + REST_X) * RS3
     mask = (m < B * ROWS * COLUMNS)[:, None] & (n < N)[None, :]

@@ -18,6 +18,11 @@ from codegen import draws
 
 # Types that kernels read and write; they add up in float32.
 ELEMENTS = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+# What bytes may be that are multiplied.
+BYTES = {
+    torch.int8: "tl.int8", torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
+    torch.float8_e4m3fnuz: "tl.float8e4b8", torch.float8_e5m2fnuz: "tl.float8e5b16",
+}  # fmt: skip
 # Of an H100, for which grids are cut where there is no GPU.
 _MULTIPROCESSORS = 132
 
@@ -142,6 +147,32 @@ def index_type(*sizes: Tensor | int) -> str:
 def power(number: int, least: int = 1, most: int = 1 << 30) -> int:
     """Return the least power of two that is no less than a number, within limits."""
     return min(most, max(least, 1 << (max(1, number) - 1).bit_length()))
+
+
+def added(dtype: torch.dtype) -> str:
+    """Return the function of that name, which adds a product of two tiles to a sum.
+
+    Tensor cores of NVIDIA's before Blackwell keep 14 bits of a sum of 8-bit floats, and cut the
+    rest off: thousands of products in a row would be off by percents. So the products of each
+    tile are summed up there, and the tiles in float32. Triton does that itself if the sum is given
+    to `tl.dot` (`max_num_imprecise_acc`), but on Hopper only, and version 3.7 then reads tensor
+    cores' results without waiting for them.
+    """
+    return _ADDED_APART if dtype in BYTES and dtype.is_floating_point else _ADDED
+
+
+_ADDED = """
+@triton.jit
+def added(sum, left, right):
+    return tl.dot(left, right, sum, input_precision=PRECISION, out_dtype=SUM)
+
+"""
+_ADDED_APART = """
+@triton.jit
+def added(sum, left, right):
+    return sum + tl.dot(left, right, out_dtype=SUM, max_num_imprecise_acc=BK)
+
+"""
 
 
 def ceil_div(number: int, divisor: int) -> int:

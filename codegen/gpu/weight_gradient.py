@@ -36,7 +36,8 @@ class Problem:
         corner: rows and columns before the input's first that the first tap looks at.
         dilation: one number a spatial axis.
         groups: groups of channels.
-        dtype: of both operands; int8 for bytes.
+        dtype: of the output gradient, and of the input unless that has another.
+        x_dtype: of the input; None for `dtype`.
         bordered: whether no tap falls outside.
         zero: the byte that stands for zero.
         narrow: whether float32 may be multiplied as tf32 whatever torch's settings say.
@@ -54,6 +55,7 @@ class Problem:
     dilation: list[int]
     groups: int
     dtype: torch.dtype
+    x_dtype: torch.dtype | None = None
     bordered: bool = False
     zero: int = 0
     narrow: bool = False
@@ -101,10 +103,10 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
     tile, splits = _cut(own, columns, problem.groups, pixels, problem.dtype)
     count = gpu.ceil_div(own, tile["BM"]) * gpu.ceil_div(columns, tile["BN"])
     steps = gpu.ceil_div(gpu.ceil_div(pixels, tile["BK"]), splits)
-    byte = problem.dtype is torch.int8
+    byte, integer = problem.dtype in gpu.BYTES, problem.dtype is torch.int8
     if filters * columns >= _MOST or prod(problem.out_size) // filters >= _MOST:
         return "weights or images that are too large"
-    if byte and steps * tile["BK"] << 14 >= _MOST:
+    if integer and steps * tile["BK"] << 14 >= _MOST:
         return "sums that are too long"
     maps = max(problem.out_size[2:]) > 1
     constants: dict[str, Any] = {
@@ -119,7 +121,9 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         # A tile of columns within a tap has one place in the image a pixel, not one a column.
         "ONE_TAP": depth % tile["BN"] == 0, "BORDERED": problem.bordered,
         "FIRST": problem.first, "ZERO": problem.zero,
-        "SUM": "tl.int32" if byte else "tl.float32",
+        "GRAD_TYPE": gpu.BYTES.get(problem.dtype),
+        "X_TYPE": gpu.BYTES.get(problem.x_dtype or problem.dtype),
+        "SUM": "tl.int32" if integer else "tl.float32",
         "PRECISION": "'tf32'" if problem.narrow else gpu.precision(problem.dtype, maps),
         "INDEX": gpu.index_type(*extents, splits * filters * columns),
         **{f"GS{axis}": step for axis, step in enumerate(problem.grad_strides)},
@@ -136,9 +140,9 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
         f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)",
     ]
-    text = (form.text + form.channels + _TEXT).replace(", OPERANDS", operands)
-    text = text.replace(", FINISH", finish)
-    sums = gpu.Scratch(splits * filters * columns, torch.int32 if byte else torch.float32)
+    text = form.text + form.channels + gpu.added(problem.dtype) + _TEXT
+    text = text.replace(", OPERANDS", operands).replace(", FINISH", finish)
+    sums = gpu.Scratch(splits * filters * columns, torch.int32 if integer else torch.float32)
     return Parts(constants, text, lines, (sums,))
 
 
@@ -166,22 +170,22 @@ def pixel_of(number, inside):
 
 
 @triton.jit
-def signed(at, mask):
+def read(at, mask, TYPE: tl.constexpr):
     # The conversion costs nothing, and makes of the load one that Triton pipelines.
     byte = tl.load(at, mask=mask, other=ZERO)
     if ZERO != 0:
         byte = byte ^ ZERO
-    return byte.to(tl.int8, bitcast=True)
+    return byte.to(TYPE, bitcast=True)
 
 
 @triton.jit
 def left_of(at, mask, number, inside):
-    return signed(at, mask)
+    return read(at, mask, GRAD_TYPE)
 
 
 @triton.jit
 def right_of(at, mask, channel):
-    return signed(at, mask)
+    return read(at, mask, X_TYPE)
 
 
 @triton.jit
@@ -248,7 +252,7 @@ def product(grad, x, OPERANDS, sums):
         right_at = (image * XS0)[:, None] + y * XS2 + z * XS3
         right_at = x + right_at + (channel * XS1)[None, :]
         right = right_of(right_at, mask, channel, OPERANDS)
-        sum = tl.dot(tl.trans(left), right, sum, input_precision=PRECISION, out_dtype=SUM)
+        sum = added(sum, tl.trans(left), right)
     at = (tl.program_id(1) * CO + group * OG + o).to(INDEX)[:, None] * COLUMNS + column[None, :]
     tl.store(sums + at, sum, mask=(o < OG)[:, None] & (column < COLUMNS)[None, :])
 

@@ -132,12 +132,12 @@ def emit_triton(
     channels_last: bool,
 ) -> Program | str:
     """Return the Triton for convolutions of two spatial axes."""
-    del weight
+    del grad, weight
     layout = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
     border = int8.grad_border(size[2:], out_size[2:], kernel, stride, padding, dilation)
     return gpu_int8.product(
-        "int8_dgrad", result, grad, (grad_scale, weight_scale), out_size, border, kernel, stride,
+        "int8_dgrad", result, (grad_scale, weight_scale), out_size, border, kernel, stride,
         padding, dilation, groups, forward=False,
     )  # fmt: skip
 

@@ -130,12 +130,12 @@ def emit_triton(
     channels_last: bool,
 ) -> Program | str:
     """Return the Triton for convolutions of two spatial axes."""
-    del weight
+    del x, weight
     layout = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty(out_size, dtype=dtype, device="meta", memory_format=layout)
     border = int8.input_border(size[2:], out_size[2:], kernel, stride, padding, dilation)
     return gpu_int8.product(
-        "int8_forward", result, x, (x_scale, weight_scale), size, border, kernel, stride,
+        "int8_forward", result, (x_scale, weight_scale), size, border, kernel, stride,
         padding, dilation, groups, forward=True,
     )  # fmt: skip
 

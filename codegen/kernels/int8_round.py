@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codegen import cpp, draws, int8
+from codegen.gpu import rounding
 from codegen.gpu import source as gpu
 from codegen.kernel import Kernel, Sample, Source, register
 
@@ -75,92 +76,17 @@ def emit_triton(
 ) -> gpu.Program | str:
     """Return the Triton."""
     del seed
-    if (reason := gpu.unsupported(x)) is not None or scale.dtype != torch.float32:
-        return reason or "the scale is no float32"
-    batch, channels, height, width = x.shape
-    _, high, wide, _ = int8.padded(list(x.shape), before, after)
-    maps = x.stride(3) == 1 and x.stride(1) != 1 and channels > 1
-    # In NCHW, a tile of channels by pixels is turned within a program.
-    across = gpu.power(channels, 1, 32) if maps else 1
-    along = 2048 // across
-    pieces = gpu.ceil_div(high * wide, along) if maps else 0
-    constants = {
-        "SALT": salt, "LARGEST": int8.LARGEST, "SLACK": int8.SLACK,
-        "ZERO": int8.zero_point(x.device), "B": batch, "C": channels, "H": height, "W": width,
-        "TOP": before[0], "LEFT": before[1], "HP": high, "WP": wide,
-        "BYTES": batch * high * wide * channels,
-        "ACROSS": across, "ALONG": along, "PIECES": pieces,
-        "INDEX": gpu.index_type(x, batch * high * wide * channels + int8.SLACK),
-        **gpu.strides("XS", x),
-    }  # fmt: skip
-    body = _TRITON + (_TRITON_MAPS if maps else _TRITON_PIXELS)
-    return gpu.program(gpu.about("int8_round", x=x), constants, body)
+    constants = {"LARGEST": int8.LARGEST, "ZERO": int8.zero_point(x.device)}
+    return rounding.program("int8_round", x, scale, salt, (before, after), constants, _TRITON)
 
 
-# A sum of products must not become one fused operation: the reference rounds twice.
 _TRITON = """
 @triton.jit
 def rounded(value, scale, key, position):
     fixed = value.to(tl.float32) * tl.div_rn(65536.0, scale)
     fixed = tl.where(fixed == fixed, tl.minimum(fixed, 65536.0 * LARGEST), 65536.0 * LARGEST)
     fixed = tl.maximum(fixed, -65536.0 * 128)
-    # To the nearest integer, ties to the even one.
-    below = tl.floor(fixed)
-    whole = below.to(tl.int32)
-    rest = fixed - below
-    up = (rest > 0.5) | ((rest == 0.5) & ((whole & 1) == 1))
-    return (whole + up.to(tl.int32) + coarse(key, position)) >> 16
-"""
-
-_TRITON_PIXELS = """
-
-@triton.jit
-def round_pixels(x, scale, seed, out):
-    i = tl.program_id(0).to(INDEX) * ALONG + tl.arange(0, ALONG)
-    channel = i % C
-    column = i // C % WP - LEFT
-    row = i // (C * WP) % HP - TOP
-    image = i // (C * WP * HP)
-    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H) & (i < BYTES)
-    at = x + image * XS0 + channel * XS1 + row * XS2 + column * XS3
-    value = tl.load(at, mask=inside, other=0.0)
-    position = ((image * H + row) * W + column) * C + channel
-    integer = rounded(value, tl.load(scale), draw_key(seed), position)
-    byte = tl.where(inside, integer + ZERO, ZERO).to(tl.uint8)
-    tl.store(out + i, byte, mask=i < BYTES + SLACK)
-
-
-def run(x, scale, seed, out):
-    count = BYTES.value + SLACK.value
-    grid = (triton.cdiv(count, ALONG.value),)
-    round_pixels[grid](x, scale, seed, out, num_warps=4, enable_fp_fusion=False)
-"""
-
-_TRITON_MAPS = """
-
-@triton.jit
-def round_maps(x, scale, seed, out):
-    image = (tl.program_id(0) // PIECES).to(INDEX)
-    pixel = tl.program_id(0) % PIECES * ALONG + tl.arange(0, ALONG)[None, :]
-    channel = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)[:, None]
-    column = pixel % WP - LEFT
-    row = pixel // WP - TOP
-    mask = (pixel < HP * WP) & (channel < C)
-    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H) & mask
-    at = x + image * XS0 + channel * XS1 + row * XS2 + column * XS3
-    value = tl.load(at, mask=inside, other=0.0)
-    position = ((image * H + row) * W + column) * C + channel
-    integer = rounded(value, tl.load(scale), draw_key(seed), position)
-    byte = tl.where(inside, integer + ZERO, ZERO).to(tl.uint8)
-    tl.store(out + (image * HP * WP + pixel) * C + channel, byte, mask=mask)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        i = tl.arange(0, SLACK)
-        tl.store(out + BYTES + i, tl.full([SLACK], ZERO, dtype=tl.uint8))
-
-
-def run(x, scale, seed, out):
-    grid = (B.value * PIECES.value, triton.cdiv(C.value, ACROSS.value))
-    round_maps[grid](x, scale, seed, out, num_warps=4, enable_fp_fusion=False)
+    return ((nearest(fixed) + coarse(key, position)) >> 16) + ZERO
 """
 
 _BODY = r"""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphpass
-from codegen import int8
+from codegen import fp8, int8
 from codegen.gpu import build as gpu_build
 from codegen.kernel import Kernel, Sample, kernels, run_program, triton_program
 from graphpass.backend import approx
@@ -57,10 +57,12 @@ def test_results_equal_the_reference(
     _check(kernel, sample, args, tuple(result.cpu() for result in results))
 
 
-@pytest.mark.parametrize("method", ["int8", "pixels", "prune"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "pixels", "prune"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["launches", "cuda-graphs"])
 def test_a_step_uses_the_kernels(method: str, graphs: bool) -> None:
     """And finds a gradient near the exact one; a kernel that fell back would warn."""
+    if method == "fp8" and (reason := fp8.unsupported("cuda")) is not None:
+        pytest.skip(reason)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1),

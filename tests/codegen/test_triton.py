@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from codegen import int8
-from codegen.gpu import ahead
+from codegen.gpu import ahead, target
 from codegen.gpu import build as gpu_build
 from codegen.gpu.source import Program
 from codegen.kernel import Kernel, _GpuRunner, call, kernels, triton_program, unavailable
@@ -67,7 +67,7 @@ def _tensors(kernel: Kernel, args: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in (*args, *outputs) if isinstance(x, Tensor)]
 
 
-def _compiled(name: str, args: tuple[Any, ...], target: tuple[str, Any, int]) -> list[Any]:
+def _compiled(name: str, args: tuple[Any, ...], machine: tuple[str, Any, int]) -> list[Any]:
     from triton.backends.compiler import GPUTarget
 
     kernel = kernels()[name]
@@ -75,7 +75,7 @@ def _compiled(name: str, args: tuple[Any, ...], target: tuple[str, Any, int]) ->
     assert isinstance(program, Program), program
     dtypes = [tensor.dtype for tensor in _tensors(kernel, args)]
     return [
-        ahead.compile_for(launch, GPUTarget(*target))
+        ahead.compile_for(launch, GPUTarget(*machine))
         for launch in ahead.launches(name, program, dtypes)
         if launch.kernel.__name__ == "product"
     ]
@@ -92,6 +92,14 @@ def _bytes(gradient: str) -> tuple[Any, ...]:
 
 # Stride, padding, dilation.
 _AXES = ([1, 1], [1, 1], [1, 1])
+
+
+def _floats(product: str, own: bool) -> tuple[Any, ...]:
+    given, _, first, second, *sizes = _bytes("weight")[:-1]
+    formats = (torch.float8_e5m2fnuz, torch.float8_e4m3fnuz) if own else (
+        torch.float8_e5m2, torch.float8_e4m3fn
+    )  # fmt: skip
+    return given, given, first, second, *formats, product, *sizes, torch.bfloat16, True
 
 
 def _rows() -> tuple[Any, ...]:
@@ -135,28 +143,59 @@ PRODUCTS = {
 @one_worker
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize(
-    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda t: str(t[1])
+    "machine", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda m: str(m[1])
 )
 def test_products_use_tensor_cores_and_spill_nothing(
-    name: str, target: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
+    name: str, machine: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled ahead of time, in the largest tiles; a GPU would refuse too much shared memory."""
     monkeypatch.setattr(int8, "zero_point", lambda device: 0)
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     args, (nvidia, amd) = PRODUCTS[name]
-    for compiled in _compiled(name, args(), target):
-        text = compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
-        wanted = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*"}.get(target[1])
+    for compiled in _compiled(name, args(), machine):
+        text = compiled.asm["ptx" if machine[0] == "cuda" else "amdgcn"]
+        wanted = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*"}.get(machine[1])
         assert re.search(f"{wanted}{nvidia}" if wanted else f"v_{amd}", text)
         registers, spilled = ahead.usage(compiled)
-        assert 32 <= registers <= (255 if target[0] == "cuda" else 512) and not spilled
+        assert 32 <= registers <= (255 if machine[0] == "cuda" else 512) and not spilled
         # Of an A100 and more; of the least AMD GPU.
-        assert compiled.metadata.shared <= (163 << 10 if target[0] == "cuda" else 64 << 10)
+        assert compiled.metadata.shared <= (163 << 10 if machine[0] == "cuda" else 64 << 10)
+
+
+FLOATS = {
+    ("cuda", 89, 32): r"mma\.sync\S*f32\.e5m2\.e4m3",
+    ("cuda", 90, 32): r"wgmma\.mma_async\S*f32\.e5m2\.e4m3",
+    # The compiler exchanges the operands, to write rows of the result.
+    ("hip", "gfx942", 64): r"v_mfma_f32_\w+_(fp8_bf8|bf8_fp8)",
+}
+
+
+@needs_triton
+@one_worker
+@pytest.mark.parametrize("product", ["forward", "input", "weight"])
+@pytest.mark.parametrize("machine", FLOATS, ids=lambda machine: str(machine[1]))
+def test_8_bit_floats_are_multiplied_as_they_are(
+    product: str, machine: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In gfx942's formats there; on sm_90, results are waited for before they are added up."""
+    cuda = machine[0] == "cuda"
+    name = f"sm_{machine[1]}" if cuda else machine[1]
+    monkeypatch.setattr(target, "architecture", lambda: name)
+    for compiled in _compiled("fp8_product", _floats(product, not cuda), machine):
+        text = compiled.asm["ptx" if cuda else "amdgcn"]
+        assert re.search(FLOATS[machine], text)
+        if machine[1] == 90:
+            waited = r"wgmma\.wait_group\S*\s+0;"
+            loop = re.split(r"wgmma\.mma_async", text)[-1]
+            assert re.search(waited, loop.partition("add.f32")[0])
 
 
 @pytest.mark.parametrize("kernel", WRITTEN, ids=lambda kernel: kernel.name)
-def test_text_is_what_was_approved(kernel: Kernel, request: pytest.FixtureRequest) -> None:
+def test_text_is_what_was_approved(
+    kernel: Kernel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`pytest --update-golden` approves what is emitted now."""
+    monkeypatch.setattr(target, "architecture", lambda: "sm_90")
     assert kernel.emit_triton is not None
     program = kernel.emit_triton(*kernel.samples()[0].args())
     assert isinstance(program, Program), program
