@@ -19,18 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-KERNELS = (
-    "absolute_max", "int8_round", "int8_forward", "int8_dgrad", "int8_wgrad", "sampled_wgrad",
-    "phase_wgrad", "pixel_norms", "sample_rows", "top_patches", "pruned_dgrad", "pruned_wgrad",
-    "fp8_round", "fp8_product",
-)  # fmt: skip
 # In order of worth; three compile at a time, one measures.
 MODELS = (
     ("resnet50", "bf16"), ("resnet20", "bf16"), ("wrn-28-10", "bf16"), ("resnet20", "fp32"),
@@ -138,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.8)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--data", help="folder with the files of CIFAR-10")
-    sections = ["correct", "layers", "steps", "epochs", "tiles"]
+    sections = ["correct", "layers", "steps", "epochs"]
     parser.add_argument("--sections", nargs="+", default=sections, choices=sections)
     given = parser.parse_args(argv)
     _own_caches()
@@ -157,18 +152,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         together += [_steps(run, *model, 0.45 * run.left_s) for model in models[:3]]
         models = models[3:]
     if "correct" in given.sections:
-        together += [_section(run, "correct", [name], 150) for name in KERNELS]
+        together += [_section(run, "correct", [name], 150) for name in _kernels()]
     run.run(together, max(2, cores - 2))
     if "layers" in given.sections:
-        for name in ("ga", "resnet50") if given.device == "cuda" else ("ga",):
+        for name in _names(run):
             _layers(run, name)
     limit = max(60.0, run.left_s * 0.5)
     run.run([_steps(run, *model, limit) for model in models], min(3, cores))
     if "epochs" in given.sections and given.data:
         run.run([_epochs(run, given.data)], 1)
-    if "tiles" in given.sections and given.device == "cuda":
-        module = ["-m", "benchmarks.gpu_tiles", "--arch", str(_arch(run))]
-        run.run([Task("tiles", module, max(30.0, run.left_s))], 1)
+    record["sections"]["choices"] = list(_choices())
     run.write()
     print(run.output.with_suffix(".txt").read_text(encoding="utf-8"))
 
@@ -191,10 +184,34 @@ def _section(run: Run, section: str, names: list[str], limit_s: float) -> Task:
     return Task(section, module, limit_s)
 
 
+def _kernels() -> list[str]:
+    """Return the kernels that are written in Triton."""
+    from codegen.kernel import kernels
+
+    return [kernel.name for kernel in kernels().values() if kernel.emit_triton is not None]
+
+
+def _names(run: Run) -> list[str]:
+    return ["ga", "resnet50"] if run.device == "cuda" else ["tiny"]
+
+
+def _choices() -> Iterator[Record]:
+    """Yield what the timed comparisons of programs and plain torch came to."""
+    for path in sorted(Path(os.environ["GRAPHPASS_CACHE_DIR"], "triton").glob("*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            seconds = dict(found["seconds"])
+            first = path.stem.rpartition("-")[0]
+            yield {"kernel": first.rpartition("-")[0], "predicted": f"{first}.py",
+                   "fastest": found["fastest"], "seconds": seconds,
+                   "out": dict(found["failed"])}  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            yield {"failed": f"{path.name}: {error}"}
+
+
 def _warm(run: Run, cores: int) -> Task:
-    names = ["ga", "resnet50"] if run.device == "cuda" else ["tiny"]
     workers = ["--workers", str(max(1, cores // 2))]
-    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(_arch(run)), *workers]
+    module = ["-m", "benchmarks.gpu_warm", *_names(run), "--arch", str(_arch(run)), *workers]
     return Task("warm", module, 150)
 
 

@@ -7,12 +7,12 @@ A section prints lines of JSON, one a result, as soon as it has it.
 
 import argparse
 import json
+import os
 import statistics
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,48 +20,22 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import graphpass
-from benchmarks import gpu_timing
+from benchmarks import gpu_timing, layer
 from codegen import int8
 from codegen.gpu import build as gpu_build
-from codegen.kernel import Kernel, kernels, run_program, triton_program
-from graphpass.method import Method, salt_of
-from graphpass.site import ConvGeometry, Gradient, Site
+from codegen.kernel import Kernel, kernels, run_program, triton_programs
+from graphpass import pricing
+from graphpass.capture import Analysis
+from graphpass.site import Gradient
 
 Record = dict[str, Any]
-# Of the layers of GA's table: channels in and out, side of the map; 3x3, batch 128.
-GA = ((256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2), (64, 64, 32), (16, 16, 32),
-      (32, 32, 16), (64, 64, 8))  # fmt: skip
-# Of ResNet-50 on 224 x 224 pixels: channels in and out, side of the input, kernel, stride.
-RESNET50 = (
-    (64, 64, 56, 1, 1), (64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1),
-    (256, 128, 56, 1, 1), (128, 128, 56, 3, 2), (128, 512, 28, 1, 1), (256, 512, 56, 1, 2),
-    (512, 128, 28, 1, 1), (128, 128, 28, 3, 1), (512, 256, 28, 1, 1), (256, 256, 28, 3, 2),
-    (256, 1024, 14, 1, 1), (512, 1024, 28, 1, 2), (1024, 256, 14, 1, 1), (256, 256, 14, 3, 1),
-    (1024, 512, 14, 1, 1), (512, 512, 14, 3, 2), (512, 2048, 7, 1, 1), (1024, 2048, 14, 1, 2),
-    (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
-)  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# By the names they have in tables: methods and parameters that are not the default ones.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "crs": ("crs", {}),
-    "fp8": ("fp8", {}),
-    "int8": ("int8", {}),
-    "phase": ("phase", {}),
-    "pixels": ("pixels", {}),
-    "prune": ("prune", {}),
-    "swat": ("swat", {}),
-    "swat channels": ("swat", {"structure": "channel", "sparsity": 0.5}),
-    "topk": ("topk", {}),
-}
-GRADIENTS = (Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one section."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_sections", description=__doc__)
     parser.add_argument("section", choices=("machine", "correct", "layers"))
-    parser.add_argument("names", nargs="*", help="kernels to check, or `ga` or `resnet50`")
+    parser.add_argument("names", nargs="*", help="kernels to check, or layers")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--skip", nargs="*", default=[], help="rows that broke an earlier process")
     given = parser.parse_args(argv)
@@ -98,7 +72,7 @@ def machine(device: str) -> Iterator[Record]:
         }  # fmt: skip
         yield record
         record = {"bandwidth_bytes_per_s": gpu_timing.bandwidth_bytes_per_s()}
-        for name, dtype in {**DTYPES, "int8": torch.int8}.items():
+        for name, dtype in {**layer.DTYPES, "int8": torch.int8}.items():
             record[f"peak_{name}_flops_per_s"] = gpu_timing.peak_flops_per_s(dtype)
     yield record
 
@@ -117,7 +91,9 @@ def correct(names: Sequence[str], device: str) -> Iterator[Record]:
     """
     for name in names:
         kernel = kernels()[name]
-        with mock.patch.object(int8, "zero_point", lambda _: 0 if device == "cuda" else 128):
+        with mock.patch.object(
+            int8, "zero_point", lambda _: 0 if device == "cuda" or _interpreted() else 128
+        ):
             for number in range(len(kernel.samples())):
                 start = time.perf_counter()
                 record = {"kernel": name, "sample": number}
@@ -137,24 +113,28 @@ def _error(kernel: Kernel, number: int, device: str, form: str) -> Record:
     sample = kernel.samples()[number]
     args = sample.args()
     if form == "half":
-        if device == "cpu" or not any(_is(arg, torch.bfloat16) for arg in args):
+        compiled = device == "cpu" and not _interpreted()
+        if compiled or not any(_is(arg, torch.bfloat16) for arg in args):
             return {"none": "no bfloat16 in it, or no kernel for float16"}
         args = tuple(map(_half, args))
     if form == "tf32" and (device == "cpu" or not any(_is(arg, torch.float32) for arg in args)):
         return {"none": "no float32 in it"}
+    if form == "given" and _interpreted() and any(_is(arg, torch.bfloat16) for arg in args):
+        return {"none": "the interpreter cannot multiply bfloat16"}
     precision = "tf32" if form == "tf32" else "ieee"
     settings: Any = torch.backends.cudnn
     settings.conv.fp32_precision = precision
     torch.set_float32_matmul_precision("high" if form == "tf32" else "highest")
     moved = tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
-    results = _run(kernel, moved)
-    if isinstance(results, str):
-        return {"none": results}
+    outcomes = _run(kernel, moved)
+    if isinstance(outcomes, str):
+        return {"none": outcomes}
     wanted = _tuple(kernel.reference(*_map(args, Tensor.double)))
     bound = _tuple(kernel.reference(*_map(args, lambda x: x.double().abs())))
     error, allowed = 0.0, 0.0
-    given = [result.cpu() for result in _tuple(results)]
-    for result, expected, size in zip(given, wanted, bound, strict=True):
+    given = [result.cpu() for results in outcomes for result in _tuple(results)]
+    ways = len(outcomes)
+    for result, expected, size in zip(given, wanted * ways, bound * ways, strict=True):
         if not result.is_floating_point():
             error = max(error, float((result != expected).sum()))
             continue
@@ -175,37 +155,41 @@ def _error(kernel: Kernel, number: int, device: str, form: str) -> Record:
         error = max(
             error, float(difference.max() if difference.numel() else 0) / max(largest, 1e-30)
         )
-    return {"error": error, "allowed": allowed, "passed": error <= allowed}
+    return {"error": error, "allowed": allowed, "passed": error <= allowed, "programs": ways}
 
 
-def _run(kernel: Kernel, args: tuple[Any, ...]) -> Any:
-    if any(isinstance(arg, Tensor) and arg.device.type == "cpu" for arg in args):
-        return kernel.op(*args)
-    program = triton_program(kernel, *args)
-    if isinstance(program, str):
-        return program
+def _run(kernel: Kernel, args: tuple[Any, ...]) -> list[Any] | str:
+    """Return the results of every program that may be chosen, or of the C++."""
+    on_cpu = any(isinstance(arg, Tensor) and arg.device.type == "cpu" for arg in args)
+    if on_cpu and not _interpreted():
+        return [kernel.op(*args)]
+    programs = triton_programs(kernel, *args)
+    if isinstance(programs, str):
+        return programs
     # Not the operator, which would fall back to plain torch and tell nobody.
-    results = run_program(kernel, gpu_build.load(kernel.name, program), program, *args)
-    torch.cuda.synchronize()
+    results = [
+        run_program(kernel, gpu_build.load(kernel.name, program), program, *args)
+        for program in programs
+    ]
+    if not on_cpu:
+        torch.cuda.synchronize()
     return results
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[Record]:
     """Yield seconds of every product of the layers named, exact and by every method."""
-    batch = 128 if device == "cuda" else 2
-    shapes = []
-    if "ga" in names:
-        shapes += [(*shape, 3, 1) for shape in GA]
-    if "resnet50" in names:
-        shapes += list(RESNET50)
-    shapes = shapes if device == "cuda" else [(16, 16, 8, 3, 1), (16, 32, 8, 3, 2)]
+    batch = layer.BATCH if device == "cuda" else 2
     for dtype in ("bf16", "fp32"):
-        for shape in shapes:
-            for gradient in GRADIENTS:
+        for shape in (shape for name in names for shape in layer.NAMED[name]):
+            for gradient in layer.GRADIENTS:
                 label = "-".join(map(str, (dtype, *shape, gradient.value)))
                 yield {"row": label, "begun": True}
-                operands = _operands(shape, batch, DTYPES[dtype], device)
-                for name in METHODS:
+                operands = layer.operands(shape, batch, layer.DTYPES[dtype], device)
+                for name in layer.METHODS:
                     if f"{label}-{name}" in skip:
                         continue
                     yield {"row": label, "method": name, "begun": f"{label}-{name}"}
@@ -221,28 +205,29 @@ def layers(names: Sequence[str], device: str, skip: Sequence[str]) -> Iterator[R
 
 
 def _layer(
-    shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient, name: str, device: str
+    shape: layer.Shape, operands: dict[str, Tensor], gradient: Gradient, name: str, device: str
 ) -> Record:
-    method, params = _method(name)
-    site = _site(shape, operands, gradient)
-    if gradient not in method.gradients:
+    method, params = layer.method_of(name)
+    site = layer.site(shape, operands, gradient)
+    if not layer.has_form(method, site, params):
         return {}
-    rejected = method.reject(site, params)
-    if rejected is not None and rejected.reason.name != "NOT_CHEAPER":
-        return {}
-    lowered = _lowered(method, params, site, operands)
+    prices = pricing.of(Analysis((), device=device), torch.get_num_threads())
+    predicted = prices.exact(site).seconds, prices.approximate(site, method, params).seconds
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    lowered = partial(layer.lower, method, params, site, operands, seed)
     mine = lowered()
     with mock.patch.object(gpu_build, "toolchain", lambda: "switched off"):
         plain = lowered() if device == "cuda" else mine
     # The same draws, in plain torch: what the kernels should give but for rounding.
     difference = float((mine.double() - plain.double()).norm() / plain.double().norm())
-    runs = {"exact": _exact(shape, operands, gradient), name: lowered}
+    runs: dict[str, layer.Run] = {"exact": layer.exact(shape, operands, [gradient]), name: lowered}
     for run in runs.values():
         run()
     seconds = gpu_timing.times(runs, device)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     return {
         "exact_s": medians["exact"], "method_s": medians[name],
+        "predicted_exact_s": predicted[0], "predicted_method_s": predicted[1],
         "times_faster": medians["exact"] / medians[name], "difference": difference,
         "spread": [min(seconds[name]), max(seconds[name])], "parts": _parts(lowered, device),
     }  # fmt: skip
@@ -270,63 +255,6 @@ def _parts(lowered: Callable[[], Tensor], device: str) -> list[Record]:
         seconds = gpu_timing.times({name: partial(func, *args)}, device, turns=3)
         parts.append({"operator": name, "s": statistics.median(seconds[name])})
     return parts
-
-
-def _operands(
-    shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: str
-) -> dict[str, Tensor]:
-    channels, filters, size, kernel, stride = shape
-    out = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    torch.manual_seed(0)
-    # What training shows: activations behind a ReLU, gradients of very different channels.
-    x = torch.randn(batch, channels, size, size, device=device).relu()
-    grad = torch.randn(batch, filters, out, out, device=device)
-    grad *= torch.rand(1, filters, 1, 1, device=device)
-    weight = torch.randn(filters, channels, kernel, kernel, device=device)
-    given = {"grad": grad, "input": x, "weight": weight}
-    return {key: y.to(dtype, memory_format=torch.channels_last) for key, y in given.items()}
-
-
-def _site(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Site:
-    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
-    shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
-    output = {Gradient.INPUT: 0, Gradient.WEIGHT: 1, Gradient.FORWARD: 2}[gradient]
-    padding, stride = shape[3] // 2, shape[4]
-    geometry = ConvGeometry((stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1)
-    dtype = str(grad.dtype).removeprefix("torch.")
-    return Site(
-        "conv", "conv", gradient, "convolution", "node", output if output < 2 else None, 1, shapes,
-        shapes[output], dtype, grad.dtype.itemsize, geometry, device=grad.device.type,
-    )  # fmt: skip
-
-
-def _method(name: str) -> tuple[Method, Any]:
-    """Return a method of the table, and its parameters."""
-    registered, given = METHODS[name]
-    method = graphpass.methods()[registered]
-    params = method.make_params(given)
-    if hasattr(params, "min_positions"):
-        params = replace(params, min_positions=1)
-    return method, params
-
-
-def _lowered(
-    method: Method, params: Any, site: Site, operands: dict[str, Tensor]
-) -> Callable[[], Tensor]:
-    names = {Gradient.INPUT: "input", Gradient.WEIGHT: "weight", Gradient.FORWARD: "grad"}
-    template = operands[names[site.gradient]]
-    given = [operands[name] for name in method.operands(site, params)]
-    seed = torch.zeros((), dtype=torch.int64, device=template.device)
-    return lambda: method.lower(site, params, template, seed, salt_of(site), *given)
-
-
-def _exact(shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient) -> Any:
-    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
-    mask = [gradient is Gradient.INPUT, gradient is Gradient.WEIGHT, False]
-    geometry: Any = ([shape[4]] * 2, [shape[3] // 2] * 2, [1, 1], False, [0, 0], 1)
-    if gradient is Gradient.FORWARD:
-        return lambda: torch.ops.aten.convolution(x, weight, None, *geometry)
-    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
 
 
 def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

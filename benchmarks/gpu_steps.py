@@ -103,6 +103,9 @@ def measure(
             elif not setting.startswith("inductor"):
                 report = graphpass.reports()[-1]
                 record["approximated"] = len(report.approximated)
+                if report.prediction is not None:
+                    record["predicted_step_s"] = report.prediction.step_s
+                    record["predicted_exact_s"] = report.prediction.exact_step_s
                 record["not"] = sorted({str(row.reason) for row in report.rows if row.reason})[:8]
             if device == "cuda":
                 record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

@@ -17,7 +17,7 @@ def table(record: Record) -> str:
         _correct(sections.get("correct", ())),
         _layers(sections.get("layers", ())),
         _steps(sections.get("steps", ())),
-        _tiles(sections.get("tiles", ())),
+        _choices(sections.get("choices", ())),
         _failures(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -55,12 +55,15 @@ def _layers(records: Iterable[Record]) -> str:
             (
                 "x".join(map(str, record["shape"])), record["dtype"], record["gradient"],
                 record["method"], f"{1e6 * record['exact_s']:.1f}",
-                f"{1e6 * record['method_s']:.1f}", f"{record['times_faster']:.2f}",
+                f"{1e6 * record['predicted_exact_s']:.1f}", f"{1e6 * record['method_s']:.1f}",
+                f"{1e6 * record['predicted_method_s']:.1f}", f"{record['times_faster']:.2f}",
                 f"{record['difference']:.1e}", parts,
             )
         )  # fmt: skip
-    head = ("Ci x Co x side x kernel x stride", "dtype", "gradient", "method", "exact us", "us",
-            "times faster", "difference", "operators us")  # fmt: skip
+    head = (
+        "Ci x Co x side x kernel x stride", "dtype", "gradient", "method", "exact us", "predicted",
+        "us", "predicted", "times faster", "difference", "operators us",
+    )  # fmt: skip
     return _rows("Gradients of layers, batch 128, channels_last, as CUDA graphs", head, rows)
 
 
@@ -68,31 +71,50 @@ def _steps(records: Iterable[Record]) -> str:
     rows = [
         (
             record["model"], record["dtype"], record["setting"], f"{1e3 * record['step_s']:.2f}",
-            _times(record), f"{record['compile_s']:.0f}", record.get("approximated", ""),
-            f"{record['losses'][-1]:.3f}", f"{record.get('peak_memory_bytes', 0) / 1e9:.2f}",
+            _times(record), _predicted(record), f"{record['compile_s']:.0f}",
+            record.get("approximated", ""), f"{record['losses'][-1]:.3f}",
+            f"{record.get('peak_memory_bytes', 0) / 1e9:.2f}",
         )
         for record in records
         if "step_s" in record
     ]  # fmt: skip
-    head = ("model", "dtype", "setting", "step ms", "times faster", "compile s", "products",
-            "loss", "GB")  # fmt: skip
+    head = ("model", "dtype", "setting", "step ms", "times faster", "predicted", "compile s",
+            "products", "loss", "GB")  # fmt: skip
     return _rows("Training steps", head, rows)
 
 
-def _tiles(records: Iterable[Record]) -> str:
+def _choices(records: Iterable[Record]) -> str:
+    """Return how often each kind of way was the fastest, by kernel."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    worst: dict[str, float] = defaultdict(lambda: 1.0)
+    for record in records:
+        if "fastest" not in record:
+            continue
+        name, fastest, seconds = record["kernel"], record["fastest"], record["seconds"]
+        kind = "torch" if fastest == "torch" else "other"
+        counts[name]["predicted" if fastest == record["predicted"] else kind] += 1
+        if record["predicted"] in seconds:
+            lost = seconds[record["predicted"]] / seconds[fastest]
+            worst[name] = max(worst[name], lost)
     rows = [
-        (record["kernel"], "x".join(map(str, record["shape"])), record["tile"],
-         f"{1e6 * record['s']:.1f}")
-        for record in records
-        if "s" in record
-    ]  # fmt: skip
-    return _rows("Tiles", ("kernel", "first operand", "tile", "us"), rows)
+        (name, *(count[kind] for kind in ("predicted", "other", "torch")), f"{worst[name]:.2f}")
+        for name, count in sorted(counts.items())
+    ]
+    head = ("kernel", "predicted tile", "another tile", "plain torch", "largest loss if not timed")
+    return _rows("Which way was fastest, by kernel and shape", head, rows)
 
 
 def _times(record: Record) -> str:
     if "inductor_s" not in record or record["beside"] == record["setting"]:
         return ""
     return f"{record['inductor_s'] / record['step_s']:.2f}"
+
+
+def _predicted(record: Record) -> str:
+    """Return how many times faster a step was predicted to be, its optimizer left out."""
+    if "predicted_step_s" not in record:
+        return ""
+    return f"{record['predicted_exact_s'] / record['predicted_step_s']:.2f}"
 
 
 def _failures(record: Record) -> str:

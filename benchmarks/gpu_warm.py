@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu_sections
+from benchmarks import gpu_sections, layer
 from codegen.gpu import ahead
 from codegen.gpu import build as gpu_build
 from codegen.gpu.source import Program
@@ -52,13 +53,14 @@ class Warmer:
         gpu_build.LISTENERS.remove(self.announce)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def announce(self, name: str, program: Program, tensors: list[Tensor]) -> None:
-        """Compile a program unless it has been announced before."""
-        if program.text not in self.seen:
-            self.seen.add(program.text)
-            dtypes = [tensor.dtype for tensor in tensors]
-            future = self.pool.submit(ahead.warm, name, program, dtypes, self.arch)
-            self.running[future] = f"{name}: {program.text.splitlines()[0]}"
+    def announce(self, name: str, programs: tuple[Program, ...], tensors: list[Tensor]) -> None:
+        """Compile programs that have not been announced before."""
+        dtypes = [tensor.dtype for tensor in tensors]
+        for program in programs:
+            if program.text not in self.seen:
+                self.seen.add(program.text)
+                future = self.pool.submit(ahead.warm, name, program, dtypes, self.arch)
+                self.running[future] = f"{name}: {program.text.splitlines()[0]}"
 
     def wait(self) -> Iterator[dict[str, Any]]:
         """Yield what did not compile, and at the end how many kernels did."""
@@ -75,33 +77,31 @@ class Warmer:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile what the layers named need."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_warm", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=("ga", "resnet50", "tiny"))
+    parser.add_argument("names", nargs="+", choices=tuple(layer.NAMED))
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args(argv)
     gpu_sections.allow_tf32()
     with Warmer(given.arch, given.workers) as warmer:
-        for record in (*announce(given.names), *warmer.wait()):
+        shapes = [shape for name in given.names for shape in layer.NAMED[name]]
+        for record in (*announce(shapes), *warmer.wait()):
             print(json.dumps(record), flush=True)
 
 
 def announce(
-    names: Sequence[str], dtypes: Sequence[str] = tuple(gpu_sections.DTYPES)
+    shapes: Iterable[layer.Shape], dtypes: Sequence[str] = tuple(layer.DTYPES)
 ) -> Iterator[dict[str, Any]]:
-    """Trace every method on every layer named with fake tensors on a GPU.
+    """Trace every method on every layer with fake tensors on a GPU.
 
     Yields:
         What failed.
     """
-    shapes: list[tuple[int, ...]] = [(*s, 3, 1) for s in gpu_sections.GA] if "ga" in names else []
-    shapes += gpu_sections.RESNET50 if "resnet50" in names else ()
-    shapes += [(16, 32, 8, 3, 2)] if "tiny" in names else ()
     for shape in shapes:
-        for dtype in (gpu_sections.DTYPES[name] for name in dtypes):
-            with FakeTensorMode():
+        for dtype in (layer.DTYPES[name] for name in dtypes):
+            with FakeTensorMode(), _ByOperators():
                 operands = _fake(shape, dtype)
-                for gradient in gpu_sections.GRADIENTS:
-                    for name in gpu_sections.METHODS:
+                for gradient in layer.GRADIENTS:
+                    for name in layer.METHODS:
                         try:
                             _trace(shape, operands, gradient, name)
                         except Exception:
@@ -109,29 +109,53 @@ def announce(
                             yield {"trace": [name, gradient.value, *shape], "failed": failed}
 
 
-def _fake(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    channels, filters, size, kernel, stride = shape
-    out = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    shapes = {
-        "grad": (128, filters, out, out),
-        "input": (128, channels, size, size),
-        "weight": (filters, channels, kernel, kernel),
-    }
+class _ByOperators(TorchFunctionMode):
+    """Slices and copies by operators: as methods they ask for a GPU that such a torch has not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if not any(isinstance(part, Tensor | list) for part in index):
+                return _sliced(args[0], index)
+        if func is Tensor.contiguous:
+            return torch.ops.aten.clone(
+                args[0], memory_format=(kwargs or {}).get("memory_format", torch.contiguous_format)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _sliced(x: Tensor, index: tuple[Any, ...]) -> Tensor:
+    left_out = x.dim() - sum(part is not None and part is not Ellipsis for part in index)
+    axis = 0
+    for part in index:
+        if part is Ellipsis:
+            axis += left_out
+        elif part is None:
+            x, axis = x.unsqueeze(axis), axis + 1
+        elif isinstance(part, slice):
+            x = torch.ops.aten.slice(x, axis, part.start, part.stop, part.step or 1)
+            axis += 1
+        else:
+            x = torch.ops.aten.select(x, axis, part)
+    return x
+
+
+def _fake(shape: layer.Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     last = torch.channels_last
     return {
-        name: torch.empty(sizes, dtype=dtype, device="cuda", memory_format=last)
-        for name, sizes in shapes.items()
+        name: torch.empty(size, dtype=dtype, device="cuda", memory_format=last)
+        for name, size in layer.sizes(shape, layer.BATCH).items()
     }
 
 
-def _trace(
-    shape: tuple[int, ...], operands: dict[str, Tensor], gradient: Gradient, name: str
-) -> None:
-    method, params = gpu_sections._method(name)
-    site = gpu_sections._site(shape, operands, gradient)
-    rejected = method.reject(site, params)
-    if gradient in method.gradients and (rejected is None or rejected.reason.name == "NOT_CHEAPER"):
-        gpu_sections._lowered(method, params, site, operands)()
+def _trace(shape: layer.Shape, operands: dict[str, Tensor], gradient: Gradient, name: str) -> None:
+    method, params = layer.method_of(name)
+    site = layer.site(shape, operands, gradient)
+    if layer.has_form(method, site, params):
+        seed = torch.zeros((), dtype=torch.int64, device="cuda")
+        layer.lower(method, params, site, operands, seed)
 
 
 if __name__ == "__main__":

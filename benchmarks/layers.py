@@ -14,8 +14,7 @@ given, and "int8 product" of bytes that are given.
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -27,20 +26,14 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphpass
+from benchmarks import layer
+from benchmarks.layer import BATCH, DTYPES, GA, Run, Shape
 from benchmarks.timing import interleave, ratio, write_results
 from codegen.kernel import call, kernels
 from cost_model import counted_once, element_count, total
-from graphpass.method import Method, salt_of
-from graphpass.site import ConvGeometry, Gradient, Site
+from graphpass.method import Method
+from graphpass.site import Gradient, Site
 
-BATCH = 128
-# Input channels, output channels, height and width.
-SHAPES = (
-    (256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2),
-    (64, 64, 32), (16, 16, 32), (32, 32, 16), (64, 64, 8),
-)  # fmt: skip
-GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Methods whose products are of another type than their operands.
 _COMPUTES_IN = {
     "int8": torch.int8,
@@ -52,9 +45,6 @@ PRODUCTS = ((Gradient.WEIGHT,), (Gradient.INPUT,), (Gradient.WEIGHT, Gradient.IN
 # Shares of the output pixels that the sampled product alone is measured at.
 KEPT = (0.25, 1.0)
 
-Shape = tuple[int, int, int]
-Run = Callable[[], object]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every shape, print a table, write the results."""
@@ -63,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console, rows = Console(width=120), []
     for name in given.dtypes:
         for gradients in PRODUCTS:
-            for shape in SHAPES:
+            for shape in GA:
                 rows += measure(shape, DTYPES[name], gradients, given.methods, given.rounds)
     console.print(_table(rows))
     peaks = {name: peak_flops_per_s(DTYPES[name]) for name in given.dtypes}
@@ -82,15 +72,15 @@ def measure(
     rounds: int,
 ) -> list[dict[str, Any]]:
     """Return the seconds of exact products and of every method that has a form for all of them."""
-    operands = _operands(shape, dtype)
-    sites = [_site(operands, gradient) for gradient in gradients]
-    runs = {"exact": _exact(operands, gradients)}
+    operands = layer.operands(shape, BATCH, dtype, "cpu")
+    sites = [layer.site(shape, operands, gradient) for gradient in gradients]
+    runs = {"exact": layer.exact(shape, operands, gradients)}
     work = {}
     for name in names:
         method = graphpass.methods()[name]
-        params = _parameters(method)
+        params = layer.parameters(method)
         # A method that finds itself slower than the vendor is measured all the same.
-        if all(_has_form(method, site, params) for site in sites):
+        if all(layer.has_form(method, site, params) for site in sites):
             runs[name] = _lowered(method, params, sites, operands)
             kernels_of = [kernel for site in sites for kernel in method.cost(site, params)]
             work[name] = total(counted_once(kernels_of)).evaluate()
@@ -145,50 +135,6 @@ def bandwidth_bytes_per_s() -> float:
     return 2 * source.numel() * source.itemsize / seconds
 
 
-def _operands(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
-    channels, filters, size = shape
-    torch.manual_seed(0)
-    # What training shows: activations behind a ReLU, gradients of very different channels.
-    x = torch.randn(BATCH, channels, size, size).relu()
-    grad = torch.randn(BATCH, filters, size, size) * torch.rand(1, filters, 1, 1)
-    weight = torch.randn(filters, channels, 3, 3)
-    return {
-        name: tensor.to(dtype, memory_format=torch.channels_last)
-        for name, tensor in (("grad", grad), ("input", x), ("weight", weight))
-    }
-
-
-def _site(operands: dict[str, Tensor], gradient: Gradient) -> Site:
-    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
-    shapes = (tuple(x.shape), tuple(weight.shape), tuple(grad.shape))
-    weight_grad = gradient is Gradient.WEIGHT
-    return Site(
-        "conv", "conv", gradient, "convolution", "node", int(weight_grad), 1, shapes,
-        shapes[1 if weight_grad else 0], str(grad.dtype).removeprefix("torch."),
-        grad.dtype.itemsize, GEOMETRY,
-    )  # fmt: skip
-
-
-def _parameters(method: Method) -> Any:
-    params = method.params()
-    return replace(params, min_positions=1) if hasattr(params, "min_positions") else params
-
-
-def _has_form(method: Method, site: Site, params: Any) -> bool:
-    if site.gradient not in method.gradients:
-        return False
-    rejected = method.reject(site, params)
-    return rejected is None or rejected.reason.name == "NOT_CHEAPER"
-
-
-def _exact(operands: dict[str, Tensor], gradients: Sequence[Gradient]) -> Run:
-    grad, x, weight = operands["grad"], operands["input"], operands["weight"]
-    mask = [Gradient.INPUT in gradients, Gradient.WEIGHT in gradients, False]
-    return lambda: torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )
-
-
 def _lowered(
     method: Method, params: Any, sites: Sequence[Site], operands: dict[str, Tensor]
 ) -> Run:
@@ -197,12 +143,7 @@ def _lowered(
 
     def lowered(seed: Tensor, *values: Tensor) -> list[Tensor]:
         named = dict(zip(operands, values, strict=True))
-        results = []
-        for site in sites:
-            template = named["weight" if site.gradient is Gradient.WEIGHT else "input"]
-            given = [named[name] for name in method.operands(site, params)]
-            results.append(method.lower(site, params, template, seed, salt_of(site), *given))
-        return results
+        return [layer.lower(method, params, site, named, seed) for site in sites]
 
     # As in a training step: traced, or Dynamo would break it into many small graphs; and called
     # without Dynamo's guards, which a step passes once and not for every layer.
@@ -217,7 +158,7 @@ def _sampled(operands: dict[str, Tensor], keep: float) -> Run:
     index = torch.arange(0, count, round(1 / keep))
     weight = torch.full((len(index),), 1 / keep)
     center, sums = torch.rand(x.shape[1]), torch.rand(grad.shape[1], 3, 3)
-    window = [3, 3], *(list(axes) for axes in (GEOMETRY.stride, GEOMETRY.padding)), [1, 1]
+    window = [3, 3], [1, 1], [1, 1], [1, 1]
     kernel = kernels()["sampled_wgrad"]
     return lambda: call(kernel, grad, x, index, weight, center, sums, *window, 1, True)
 
@@ -231,15 +172,16 @@ def _sampled_work(site: Site, keep: float) -> tuple[int, int, int]:
 def _of_bytes(site: Site, operands: dict[str, Tensor]) -> tuple[Run, tuple[int, int, int]]:
     """Return int8's product of operands that are rounded already, and its work."""
     method = graphpass.methods()["int8"]
-    params = _parameters(method)
+    params = layer.parameters(method)
     kernel = kernels()["int8_wgrad" if site.gradient is Gradient.WEIGHT else "int8_dgrad"]
-    template = operands["weight" if site.gradient is Gradient.WEIGHT else "input"]
+    names = method.operands(site, params)
 
     def lowered(seed: Tensor, *given: Tensor) -> Tensor:
-        return method.lower(site, params, template, seed, salt_of(site), *given)
+        return layer.lower(
+            method, params, site, {**operands, **dict(zip(names, given, strict=True))}, seed
+        )
 
-    values = [torch.zeros((), dtype=torch.int64)]
-    values += [operands[name] for name in method.operands(site, params)]
+    values = [torch.zeros((), dtype=torch.int64), *(operands[name] for name in names)]
     recorder = _Recorder(make_fx(lowered)(*values), kernel.op)
     recorder.run(*values)
     terms = [term for term in method.cost(site, params) if term.kind == kernel.name]

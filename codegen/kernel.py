@@ -7,7 +7,7 @@ operator without side effects that the compiler leaves where it is.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.library import Library
 
 from codegen import build
 from codegen.gpu import build as gpu_build
+from codegen.gpu import choice, tiles
 from codegen.gpu.source import Program, tf32_settings
 
 Result = Tensor | tuple[Tensor, ...]
@@ -141,10 +142,10 @@ def unavailable(kernel: Kernel, *args: Any) -> str | None:
     if any(not isinstance(size, int) for x in tensors for size in (*x.shape, *x.stride())):
         return "the sizes are symbolic"
     if devices == {"cuda"}:
-        program = triton_program(kernel, *args)
-        if isinstance(program, str):
-            return program
-        _announce(kernel, program, args)
+        programs = triton_programs(kernel, *args)
+        if isinstance(programs, str):
+            return programs
+        _announce(kernel, programs, args)
         return None
     tools = build.toolchain()
     if isinstance(tools, str):
@@ -164,12 +165,12 @@ def missing_toolchain() -> str:
     return tools if isinstance(tools, str) else ""
 
 
-def _announce(kernel: Kernel, program: Program, args: tuple[Any, ...]) -> None:
+def _announce(kernel: Kernel, programs: tuple[Program, ...], args: tuple[Any, ...]) -> None:
     for listener in gpu_build.LISTENERS:
         results = kernel.fake(*args)
         outputs = (results,) if isinstance(results, Tensor) else results
         tensors = [arg for arg in (*args, *outputs) if isinstance(arg, Tensor)]
-        listener(kernel.name, program, tensors)
+        listener(kernel.name, programs, tensors)
 
 
 def cpp_source(kernel: Kernel, *args: Any) -> Source | str:
@@ -188,6 +189,23 @@ def triton_program(kernel: Kernel, *args: Any) -> Program | str:
     return kernel.emit_triton(*args)
 
 
+def triton_programs(kernel: Kernel, *args: Any) -> tuple[Program, ...] | str:
+    """Return the Triton worth timing, what is predicted to be fastest first, or why there is none.
+
+    They differ in how they cut a product into tiles.
+    """
+    found: list[Program] = []
+    for rank in range(tiles.LONGEST):
+        with tiles.ranked(rank):
+            program = triton_program(kernel, *args)
+        if isinstance(program, str):
+            return program
+        if program in found:
+            break
+        found.append(program)
+    return tuple(found)
+
+
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a kernel is specialised to."""
     return tuple(
@@ -200,9 +218,9 @@ def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _warn(kernel: Kernel, error: Exception) -> None:
+def _warn(kernel: Kernel, reason: str) -> None:
     # A training run is not lost for it: the reference computes the same, slowly.
-    message = f"graphpass: {kernel.name} runs in plain torch: {error}"
+    message = f"graphpass: {kernel.name} runs in plain torch: {reason}"
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
@@ -239,41 +257,65 @@ class _Runner:
         try:
             return build.start(source.text).result(), source.scratch_bytes
         except (build.KernelBuildError, OSError) as error:
-            _warn(self.kernel, error)
+            _warn(self.kernel, str(error))
             return None
 
 
 class _GpuRunner:
-    """Runs a kernel on a GPU: the Triton for the arguments' shapes, or else the reference."""
+    """Runs a kernel on a GPU: the fastest Triton for the arguments' shapes, or the reference.
 
-    def __init__(self, kernel: Kernel) -> None:
+    The reference is what plain torch and the vendor's library make of it. It runs where there is no
+    Triton, and where it is faster.
+    """
+
+    def __init__(self, kernel: Kernel, timer: choice.Timer = choice.seconds_of) -> None:
         self.kernel = kernel
-        # By what Triton is specialised to; None where there is none.
+        self.timer = timer
+        # By what Triton is specialised to; None for the reference.
         self.programs: dict[tuple[Any, ...], tuple[ModuleType, Program] | None] = {}
 
     def __call__(self, *args: Any) -> Result:
         key = (*_key(args), tf32_settings())
         if key not in self.programs:
-            self.programs[key] = self._prepare(key, args)
+            self.programs[key] = self._prepare(args)
         prepared = self.programs[key]
         if prepared is None:
             return self.kernel.reference(*args)
         return run_program(self.kernel, *prepared, *args)
 
-    def _prepare(
-        self, key: tuple[Any, ...], args: tuple[Any, ...]
-    ) -> tuple[ModuleType, Program] | None:
-        program = triton_program(self.kernel, *args)
-        if isinstance(program, str):
+    def _prepare(self, args: tuple[Any, ...]) -> tuple[ModuleType, Program] | None:
+        programs = triton_programs(self.kernel, *args)
+        if isinstance(programs, str):
             return None
+        name = self.kernel.name
+        by_file = {gpu_build.path_of(name, program).name: program for program in programs}
+        ways = {file: partial(self._run, by_file[file], args) for file in by_file}
         try:
-            module = gpu_build.load(self.kernel.name, program)
-            # Compiles: whatever Triton raises, it raises here and once.
-            run_program(self.kernel, module, program, *args)
+            if _is_recording():
+                # Nothing can be timed while a CUDA graph is recorded.
+                return gpu_build.load(name, programs[0]), programs[0]
+            ways[_REFERENCE] = partial(self.kernel.reference, *args)
+            path = gpu_build.path_of(name, programs[0])
+            outcome = choice.fastest(path, ways, choice.machine(), self.timer)
         except Exception as error:
-            _warn(self.kernel, error)
+            _warn(self.kernel, str(error))
             return None
-        return module, program
+        if not by_file.keys() & outcome.seconds.keys():
+            _warn(self.kernel, next(iter(outcome.failed.values())))
+        chosen = by_file.get(outcome.fastest)
+        return None if chosen is None else (gpu_build.load(name, chosen), chosen)
+
+    def _run(self, program: Program, args: tuple[Any, ...]) -> Result:
+        """Launch a program, which compiles it where that was not done."""
+        return run_program(self.kernel, gpu_build.load(self.kernel.name, program), program, *args)
+
+
+# The way of plain torch, among files of programs.
+_REFERENCE = "torch"
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def run_program(kernel: Kernel, module: ModuleType, program: Program, *args: Any) -> Result:

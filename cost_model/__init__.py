@@ -8,8 +8,10 @@ expressions, so a formula written for a symbolic batch is evaluated once the bat
 from cost_model.cost import Cost, Dim
 from cost_model.datasheets import DATASHEETS
 from cost_model.efficiency import EfficiencyTable, Estimate
-from cost_model.hardware import Figure, Hardware, seconds
+from cost_model.figure import Figure
+from cost_model.hardware import Hardware, seconds
 from cost_model.kernel import KernelCost, counted_once, total
+from cost_model.multiprocessors import Multiprocessors
 from cost_model.ops import (
     ConvShape,
     Shape,
@@ -36,6 +38,7 @@ __all__ = [
     "Figure",
     "Hardware",
     "KernelCost",
+    "Multiprocessors",
     "Shape",
     "attention",
     "attention_backward",

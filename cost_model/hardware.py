@@ -2,7 +2,8 @@
 
 A kernel takes the longer of its compute time (FLOPs at the peak of its element type) and its memory
 time (bytes at the bandwidth), divided by the efficiency that kernels of its kind reach at its
-sizes, and one launch more.
+sizes, and one launch more. On a GPU, products are cut into whole tiles, and what fits into the
+cache moves at its rate.
 """
 
 from __future__ import annotations
@@ -16,38 +17,12 @@ import sympy
 
 from cost_model.cost import Dim
 from cost_model.efficiency import EfficiencyTable, Estimate
+from cost_model.figure import Figure
 from cost_model.kernel import KernelCost, counted_once
+from cost_model.multiprocessors import Multiprocessors
 
 # Of kernels that nothing is known about: as far from a measurement as can be.
 _UNKNOWN = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A number and where it comes from.
-
-    Attributes:
-        value: positive and finite.
-        source: address of a published data sheet, or "measured on ...".
-    """
-
-    value: float
-    source: str
-
-    def __post_init__(self) -> None:
-        """Check range and source.
-
-        Raises:
-            ValueError: if the value is not positive and finite, or the source is neither of the
-                two kinds.
-        """
-        if not (math.isfinite(self.value) and self.value > 0):
-            raise ValueError(f"a hardware figure must be positive and finite, got {self.value!r}")
-        if not self.source.startswith(("https://", "measured on ")):
-            raise ValueError(
-                f"the source of a hardware figure is an https:// address or 'measured on ...', "
-                f"got {self.source!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +31,14 @@ class Hardware:
 
     Attributes:
         name: the machine, as a person knows it.
-        peak_flops_per_s: dense peak by element type; "float32" is among them.
+        peak_flops_per_s: dense peak by element type; "float32" is among them. "tf32" is what
+            float32 is multiplied as where that is allowed.
         bandwidth_bytes_per_s: of its main memory.
         launch_s: seconds that a kernel takes which does nothing.
         efficiencies: by kind and element type; where a table is missing, the ideal is supposed.
         calibrated: whether this very machine was measured; otherwise the figures are published
             ones, and say so in reports.
+        multiprocessors: of a GPU.
     """
 
     name: str
@@ -72,6 +49,7 @@ class Hardware:
         default_factory=lambda: MappingProxyType({})
     )
     calibrated: bool = False
+    multiprocessors: Multiprocessors | None = None
 
     def __post_init__(self) -> None:
         """Check that there is a peak to compare with.
@@ -95,7 +73,17 @@ class Hardware:
         slowest = min(figure.value for figure in self.peak_flops_per_s.values())
         own = self.peak_flops_per_s.get(kernel.dtype)
         peak = slowest if own is None else own.value
-        return max(flops / peak, (read + written) / self.bandwidth_bytes_per_s.value)
+        computing, moving = flops / peak, (read + written) / self.bandwidth_bytes_per_s.value
+        if self.multiprocessors is not None:
+            units = self.multiprocessors
+            # The other half of the cache holds what other kernels left.
+            if read + written <= units.cache_bytes.value / 2:
+                moving = (read + written) / units.cache_bytes_per_s.value
+            if flops:
+                sizes = {name: float(size) for name, size in kernel.sizes.items()}
+                tiled = units.of_kernel(kernel.kind, sizes, kernel.dtype, peak)
+                computing = max(computing, tiled)
+        return max(computing, moving)
 
     def efficiency(self, kernel: KernelCost) -> Estimate:
         """Return the share of the ideal speed that the kernel reaches."""

@@ -1,6 +1,7 @@
 """Decide for every site how it is computed: as the user named it, or by spending the budget.
 
-Pure functions: the same sites, options, prices and noise give the same plan.
+Pure functions: the same sites, options, prices and noise give the same plan. Prices may become
+better known on the way: what would be approximated on a GPU is timed first.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +26,9 @@ from graphpass.rewrite import Replacement
 from graphpass.schedule import Schedule
 from graphpass.selection import Selection, select
 from graphpass.site import Gradient, Site
+
+# How often prices of what was chosen are confirmed, and the choice is made again.
+_CONFIRMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,11 +255,17 @@ def _select(
             obstacle = Rejected(site.reason)
         if obstacle is not None:
             obstacles[site.id] = obstacle
-    found, propagation = menus(
-        analysis, obstacles, options.methods, options.max_bias, noise, pricing
-    )
-    ratio = propagation.noise_ratio
-    return select(found, options.budget, options.max_bias, pricing.rest().seconds, ratio)
+    rest_s = pricing.rest().seconds
+    for last in (False,) * _CONFIRMED + (True,):
+        found, propagation = menus(
+            analysis, obstacles, options.methods, options.max_bias, noise, pricing
+        )
+        chosen = select(found, options.budget, options.max_bias, rest_s, propagation.noise_ratio)
+        pairs = zip(analysis.sites, chosen.picks, strict=True)
+        picks = [(site, pick.method, pick.params) for site, pick in pairs if pick is not None]
+        if last or not pricing.confirm(picks):
+            break
+    return chosen
 
 
 def _chosen(chosen: Selection, analysis: Analysis, offset: int) -> list[Decision]:

@@ -1,20 +1,27 @@
 """What each product of a graph costs in seconds: exact, by a method, and all that is no product.
 
 Seconds come from this machine's calibration, or else from published figures of a machine like it;
-every price says from which. Where a price decides, the product is timed once on this machine, and
-the figure is remembered: `measure`.
+every price says from which. Published figures of a GPU say little of how near kernels come to them:
+there the products that a plan would approximate are timed once, exact and approximated, and the
+figures are remembered (`confirm`). So a product that the vendor's library computes faster stays
+with it.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import sympy
 import torch
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from codegen.cache import cache_dir, write_atomically
+from codegen.gpu import choice
+from codegen.gpu.source import tf32_settings
 from cost_model import DATASHEETS, Cost, Hardware, KernelCost, seconds
 from graphpass import calibration, fingerprint, kernels_of, trial
 from graphpass.capture import Analysis
@@ -28,6 +35,8 @@ log = logging.getLogger(__name__)
 _FAR = 3.0
 # How long a product is called again and again to be timed.
 _CALLS_S = 0.2
+# How the kinds of the vendor's products begin that are not convolutions.
+_MATRICES = ("mm", "bmm", "attention")
 # Those of a data centre stand in for a GPU that has no record.
 _UNKNOWN_GPU, _UNKNOWN_CPU = "A100", "AVX-512 CPU"
 
@@ -58,6 +67,13 @@ class Pricing(Protocol):
 
     def rest(self) -> Price:
         """Return the price of all that is no product, the optimizer excluded."""
+
+    def confirm(self, chosen: Iterable["Chosen"]) -> bool:
+        """Time what a plan would do, where that is called for; return whether a price changed."""
+
+
+# A product, and what approximates it.
+Chosen = tuple[Site, Method, Any]
 
 
 def of(analysis: Analysis, threads: int) -> "HardwarePricing":
@@ -104,7 +120,7 @@ class HardwarePricing:
 
     def __post_init__(self) -> None:
         """Read what earlier processes measured."""
-        self.measured.update(_load(self.threads))
+        self.measured.update(_load(self.analysis.device, self.threads))
 
     @property
     def source(self) -> str:
@@ -142,6 +158,26 @@ class HardwarePricing:
             self.hardware.efficiency(kernel).distance > _FAR for kernel in self._bound(kernels)
         )
 
+    def confirm(self, chosen: Iterable[Chosen]) -> bool:
+        """Time what a plan would do, where a GPU has no better prices; return whether one changed.
+
+        Args:
+            chosen: the products that would be approximated.
+        """
+        if not self.guesses_about_a_gpu:
+            return False
+        before = len(self.measured)
+        for site, method, params in chosen:
+            self.measure(site)
+            self.measure(site, method, params)
+        return len(self.measured) > before
+
+    @property
+    def guesses_about_a_gpu(self) -> bool:
+        """Whether prices are published ones of a GPU that is here."""
+        on_gpu = self.analysis.device == "cuda" and torch.cuda.is_available()
+        return on_gpu and not self.hardware.calibrated
+
     def measure(self, site: Site, method: Method | None = None, params: Any = None) -> Price:
         """Time a product on this machine, once, and remember it.
 
@@ -151,18 +187,28 @@ class HardwarePricing:
             params: parameters of the method.
 
         Returns:
-            The price measured; on another device than a CPU, the one predicted.
+            The price measured; where the product cannot be timed, the one predicted.
         """
         key = self._key(site, method, params)
-        if self.analysis.device == "cpu" and key not in self.measured:
-            known = trial.bound(site, self.analysis.hints)
-            given = trial.operands(known)
-            run = trial.exact(known, given)
-            if method is not None:
-                run = trial.approximate(known, method, params, given)
-            self.measured[key] = best_s(run, _CALLS_S)
-            _store(self.measured, self.threads)
+        if key not in self.measured and site.op != "attention":
+            # Graphs are planned while they are being compiled, on fake tensors.
+            with unset_fake_temporarily(), tracing(None):
+                self.measured[key] = self._time(site, method, params)
+            _store(self.measured, self.analysis.device, self.threads)
         return self.exact(site) if method is None else self.approximate(site, method, params)
+
+    def _time(self, site: Site, method: Method | None, params: Any) -> float:
+        device = self.analysis.device
+        known = trial.bound(site, self.analysis.hints)
+        given = trial.operands(known, device)
+        if method is None:
+            run = trial.exact(known, given)
+        elif device == "cpu":
+            run = trial.approximate(known, method, params, given)
+        else:
+            # Compiling every candidate would take minutes.
+            run = trial.uncompiled(known, method, params, given)
+        return best_s(run, _CALLS_S) if device == "cpu" else choice.seconds_of(run)
 
     def identity(self, site: Site) -> str:
         """Return what the time of an exact product depends on, not which layer it belongs to."""
@@ -181,7 +227,16 @@ class HardwarePricing:
 
     def _bound(self, kernels: Iterable[KernelCost]) -> list[KernelCost]:
         """Return kernels with the value of every symbolic size in its place."""
-        return [self._bind(kernel) for kernel in kernels]
+        return [self._bind(kernel) for kernel in map(self._narrowed, kernels)]
+
+    def _narrowed(self, kernel: KernelCost) -> KernelCost:
+        """Return a kernel in the type that a GPU multiplies float32 as, where that is allowed."""
+        is_product = kernel.dtype == "float32" and "taps" in kernel.sizes
+        if self.analysis.device != "cuda" or not is_product:
+            return kernel
+        of_maps, of_matrices = tf32_settings()
+        allowed = of_matrices if kernel.kind.startswith(_MATRICES) else of_maps
+        return replace(kernel, dtype="tf32") if allowed else kernel
 
     def _bind(self, kernel: KernelCost) -> KernelCost:
         cost = kernel.cost
@@ -203,33 +258,37 @@ class HardwarePricing:
         )
 
 
-def _path(threads: int) -> Any:
-    return cache_dir() / f"measured-{threads}.json"
+def _path(device: str, threads: int) -> Path:
+    return cache_dir() / f"measured-{threads if device == 'cpu' else device}.json"
 
 
-def _identity(threads: int) -> dict[str, Any]:
+def _identity(device: str, threads: int) -> dict[str, Any]:
     machine = asdict(calibration.Machine.this(threads))
+    if device != "cpu":
+        machine = {"processor": choice.machine()}
     return {**machine, "code": fingerprint.source_digest()}
 
 
-def _load(threads: int) -> dict[str, float]:
+def _load(device: str, threads: int) -> dict[str, float]:
     """Return what was measured on this machine with this code; nothing if that is unreadable."""
+    path = _path(device, threads)
     try:
-        record = json.loads(_path(threads).read_text())
-        if record["machine"] != _identity(threads):
+        record = json.loads(path.read_text())
+        if record["machine"] != _identity(device, threads):
             return {}
         return {str(key): float(value) for key, value in record["seconds"].items()}
     except FileNotFoundError:
         return {}
     except calibration.CORRUPT as error:
-        log.warning("ignoring the unreadable file %s: %s", _path(threads), error)
+        log.warning("ignoring the unreadable file %s: %s", path, error)
         return {}
 
 
-def _store(measured: Mapping[str, float], threads: int) -> None:
+def _store(measured: Mapping[str, float], device: str, threads: int) -> None:
     """Remember what was measured; a cache that cannot be written is no reason to fail."""
-    record = {"machine": _identity(threads), "seconds": {**_load(threads), **measured}}
+    seconds_by_key = {**_load(device, threads), **measured}
+    record = {"machine": _identity(device, threads), "seconds": seconds_by_key}
     try:
-        write_atomically(_path(threads), json.dumps(record))
+        write_atomically(_path(device, threads), json.dumps(record))
     except OSError as error:
         log.warning("could not write to the cache directory: %s", error)

@@ -47,12 +47,17 @@ def bound(site: Site, hints: Mapping[str, int]) -> Site:
     return replace(site, shapes=tuple(map(known, site.shapes)), output=known(site.output))
 
 
-def operands(site: Site) -> dict[str, Tensor]:
+def operands(site: Site, device: str = "cpu") -> dict[str, Tensor]:
     """Return operands by the names that methods use: of a convolution, those of all its products.
 
     Args:
         site: a product whose sizes are all known.
+        device: where they are to be.
     """
+    return {name: tensor.to(device) for name, tensor in _operands(site).items()}
+
+
+def _operands(site: Site) -> dict[str, Tensor]:
     dtype = getattr(torch, site.dtype)
     if site.conv is not None:
         x, weight, grad = (_random(shape) for shape in site.shapes)
@@ -104,12 +109,7 @@ def exact(site: Site, given: Mapping[str, Tensor]) -> Run:
 
 def approximate(site: Site, method: Method, params: Any, given: Mapping[str, Tensor]) -> Run:
     """Return what computes a product by a method, compiled as it is in a step."""
-    template, names = template_of(site), method.operands(site, params)
-    seed, values = torch.zeros((), dtype=torch.int64), [given[name] for name in names]
-
-    def lowered(seed: Tensor, *values: Tensor) -> tuple[Tensor]:
-        return (method.lower(site, params, template, seed, salt_of(site), *values),)
-
+    lowered, seed, values = _lowered(site, method, params, given)
     with torch.no_grad():
         # Traced as it is in a training step: Dynamo would break it into many small graphs.
         traced = make_fx(lowered)(seed, *values)
@@ -122,9 +122,39 @@ def approximate(site: Site, method: Method, params: Any, given: Mapping[str, Ten
     return run
 
 
-def template_of(site: Site) -> Tensor:
+def uncompiled(site: Site, method: Method, params: Any, given: Mapping[str, Tensor]) -> Run:
+    """Return what computes a product by a method, one operation after the other.
+
+    Nothing has to be compiled for it but kernels of ours, which a step needs anyway. What plain
+    torch does around them is not fused, so it takes rather longer than in a step.
+    """
+    lowered, seed, values = _lowered(site, method, params, given)
+
+    def run() -> object:
+        with torch.no_grad():
+            return lowered(seed, *values)
+
+    return run
+
+
+def _lowered(
+    site: Site, method: Method, params: Any, given: Mapping[str, Tensor]
+) -> tuple[Callable[..., tuple[Tensor]], Tensor, list[Tensor]]:
+    """Return a method's lowering, a seed and its operands."""
+    values = [given[name] for name in method.operands(site, params)]
+    device = values[0].device if values else torch.device("cpu")
+    template, seed = template_of(site, device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def lowered(seed: Tensor, *values: Tensor) -> tuple[Tensor]:
+        return (method.lower(site, params, template, seed, salt_of(site), *values),)
+
+    return lowered, seed, values
+
+
+def template_of(site: Site, device: torch.device | str = "cpu") -> Tensor:
     """Return a tensor of the result's shape and layout, without values."""
-    return _laid_out(torch.empty(_ints(site.output), dtype=getattr(torch, site.dtype)))
+    dtype = getattr(torch, site.dtype)
+    return _laid_out(torch.empty(_ints(site.output), dtype=dtype, device=device))
 
 
 def _attention(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Run:

@@ -3,8 +3,12 @@
 A program's `run` is called with stand-ins for its kernels, which note what would be launched.
 """
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +80,7 @@ def compile_for(launch: Launch, target: Any) -> Any:
     import triton
     from triton.compiler import ASTSource
 
-    options = dict(launch.options)
+    options = build.fitted(launch.options, target.warp_size)
     names = launch.kernel.arg_names
     tensors, constants = names[: len(launch.dtypes)], names[len(launch.dtypes) :]
     signature = {name: _POINTERS[dtype] for name, dtype in zip(tensors, launch.dtypes, strict=True)}
@@ -87,6 +91,29 @@ def compile_for(launch: Launch, target: Any) -> Any:
         attrs={(number,): [["tt.divisibility", 16]] for number in range(len(tensors))},
     )
     return triton.compile(source, target=target, options=options)
+
+
+def usage(compiled: Any) -> tuple[int, int]:
+    """Return registers of a thread, and bytes that it spills, of what `compile_for` returned."""
+    if "amdgcn" in compiled.asm:
+        # A thread's registers are those of a lane; each has four bytes.
+        text = compiled.asm["amdgcn"]
+        return _number(text, r"\.vgpr_count:\s+"), 4 * _number(text, r"\.vgpr_spill_count:\s+")
+    import triton
+
+    # Triton brings the assembler's tools along.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(text, "REG:"), _number(text, "LOCAL:") + _number(text, "STACK:")
+
+
+def _number(text: str, before: str) -> int:
+    found = re.search(rf"{before}(\d+)", text)
+    assert found is not None, f"no {before} in {text[:500]}"
+    return int(found[1])
 
 
 def warm(name: str, program: Program, dtypes: Sequence[torch.dtype], arch: int) -> int:

@@ -6,7 +6,7 @@ finds it in its own cache on disk. The file is named after the primitive and a h
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -52,9 +52,35 @@ def load(name: str, program: Program) -> ModuleType:
 
 _LOADED: dict[Path, ModuleType] = {}
 
-# Told of every program that a graph is going to need, and of operands and results, which are fake:
-# who has processors to spare may compile them meanwhile (`codegen.gpu.ahead.warm`).
-LISTENERS: list[Callable[[str, Program, list[Tensor]], None]] = []
+# Told of the programs of every kernel that a graph is going to need, the best by prediction first,
+# and of operands and results, which are fake: who has processors to spare may compile them
+# meanwhile (`codegen.gpu.ahead.warm`).
+LISTENERS: list[Callable[[str, tuple[Program, ...], list[Tensor]], None]] = []
+
+
+# A program has no more threads than this: those of an AMD GPU, whose warps are twice as wide, would
+# have too few registers each for the tiles of 8 warps, and spill.
+_MOST_THREADS = 256
+
+
+def fitted(options: Mapping[str, Any], lanes: int) -> dict[str, Any]:
+    """Return the options of a launch, which are written for NVIDIA's GPUs, for any GPU.
+
+    Args:
+        options: constants of the launch, and options such as `num_warps`.
+        lanes: threads of a warp.
+    """
+    given = dict(options)
+    if "num_warps" in given:
+        given["num_warps"] = min(given["num_warps"], _MOST_THREADS // lanes)
+    if lanes == _AMD_LANES:
+        # An option of NVIDIA's assembler.
+        given.pop("maxnreg", None)
+    return given
+
+
+_AMD_LANES = 64
+_LANES = _AMD_LANES if torch.version.hip else 32
 
 
 class Launcher:
@@ -74,7 +100,8 @@ class Launcher:
         """Return the function that launches so many programs."""
         return partial(self._launch, (*grid, 1, 1)[:3])
 
-    def _launch(self, grid: tuple[int, ...], *tensors: Tensor, **options: Any) -> None:
+    def _launch(self, grid: tuple[int, ...], *tensors: Tensor, **given: Any) -> None:
+        options = fitted(given, _LANES)
         if not self.direct or any(tensor.data_ptr() % 16 for tensor in tensors):
             self.kernel[grid](*tensors, **options)
             return

@@ -32,7 +32,7 @@ def program(
     batch, channels, height, width = grad.shape
     pixels, taps = batch * height * width, math.prod(kernel)
     run = _PIXEL_BYTES // grad.itemsize
-    steps = gpu.ceil_div(gpu.ceil_div(pixels, run), 4 * gpu.MULTIPROCESSORS)
+    steps = gpu.ceil_div(gpu.ceil_div(pixels, run), 4 * gpu.multiprocessors())
     programs = gpu.ceil_div(pixels, run * steps)
     across = gpu.power(channels, 16, _CHANNEL_BYTES // grad.itemsize)
     constants = {

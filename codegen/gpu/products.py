@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from codegen.gpu import source as gpu
+from codegen.gpu import tiles
 
 # Pixels that tiles are cut from are numbered in 32 bits, and so are sums of products of bytes.
 _MOST = 1 << 31
@@ -141,10 +142,10 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
         return "sums or images that are too long"
     phases = _phases(problem, size)
     taps, byte = prod(problem.kernel), problem.dtype in gpu.BYTES
-    tile = tiles(batch * phases[0]["ROWS"] * phases[0]["COLUMNS"], columns)
     least, most = _DEPTHS[problem.dtype.itemsize]
     # Channels of a list have an address each: a deep tile's would not fit into registers.
-    tile["BK"] = gpu.power(depth, least, most if problem.taken is None else most // 2)
+    deep = gpu.power(depth, least, most if problem.taken is None else most // 2)
+    tile = _cut(batch, columns, deep, problem, phases[0])
     sizes = (batch, problem.contracted, *problem.operand)
     operand_strides = problem.operand_strides or _channels_last(sizes)
     reach = 1 + sum((n - 1) * step for n, step in zip(sizes, operand_strides, strict=True))
@@ -194,11 +195,10 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
         # Parameters, not constants: the interpreter divides loop counters by nothing but numbers.
         numbers = {**phase, "BLOCKS": gpu.ceil_div(depth, tile["BK"])}
         given = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        warps = 8 if tile["BM"] * tile["BN"] >= 128 * 128 else 4
         lines.append(
             f"product[({programs}, {groups})](\n"
             f"        operand, {filters}, *scales{of_channels}, out, "
-            f"{given}, num_warps={warps}, num_stages={4 if tile['BM'] < 128 else 3}\n    )"
+            f"{given}, {_options(tile, problem.dtype)}\n    )"
         )
     text = (_BYTES if byte else _FLOATS) + form.text + gpu.added(problem.dtype) + _TEXT
     scales = ", first_scale, second_scale" if byte else ""
@@ -213,14 +213,22 @@ def _channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return height * width * channels, 1, width * channels, channels
 
 
-def tiles(rows: int, columns: int) -> dict[str, int]:
-    """Return the tile of a product with so many rows and columns: large, but one a processor."""
-    high, wide = gpu.power(rows, 16, 128), gpu.power(columns, 16, 128)
-    while gpu.ceil_div(rows, high) * gpu.ceil_div(columns, wide) < gpu.MULTIPROCESSORS:
-        if high * wide <= 32 * 32:
-            break
-        high, wide = (high, wide // 2) if wide >= high else (high // 2, wide)
-    return {"BM": high, "BN": wide}
+def _cut(
+    batch: int, columns: int, deep: int, problem: Product, phase: dict[str, int]
+) -> dict[str, int]:
+    """Return the tile of a product, all of whose phases have the same one."""
+    rows = batch * phase["ROWS"] * phase["COLUMNS"]
+    steps = phase["TAPS_Y"] * phase["TAPS_X"] * gpu.ceil_div(problem.depth, deep)
+    itemsize = problem.dtype.itemsize
+    tile = tiles.best(tiles.Work(rows, columns, steps, deep, problem.groups, itemsize, least=32))
+    return {"BM": tile.high, "BN": tile.wide, "BK": deep}
+
+
+def _options(tile: dict[str, int], dtype: torch.dtype) -> str:
+    large = tile["BM"] * tile["BN"] >= 128 * 128
+    options = f"num_warps={8 if large else 4}, num_stages={4 if tile['BM'] < 128 else 3}"
+    # Left alone, the assembler for an A100 spills a few bytes, for two programs a multiprocessor.
+    return options + ", maxnreg=255" if large and dtype is torch.float32 else options
 
 
 def _phases(problem: Product, size: list[int]) -> list[dict[str, int]]:

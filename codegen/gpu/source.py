@@ -8,6 +8,7 @@ those of `codegen.draws`, to the bit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ BYTES = {
     torch.int8: "tl.int8", torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
     torch.float8_e4m3fnuz: "tl.float8e4b8", torch.float8_e5m2fnuz: "tl.float8e5b16",
 }  # fmt: skip
-# Multiprocessors of the GPU that grids are cut for: an H100. With others, tails differ a little.
-MULTIPROCESSORS = 132
+# Of an H100, for which grids are cut where there is no GPU.
+_MULTIPROCESSORS = 132
 
 _DRAWS = f"""
 @triton.jit
@@ -177,6 +178,14 @@ def added(sum, left, right):
 def ceil_div(number: int, divisor: int) -> int:
     """Return how many pieces of a size a number is cut into."""
     return -(-number // divisor)
+
+
+@cache
+def multiprocessors() -> int:
+    """Return how many multiprocessors there are to share work out among."""
+    if not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def tf32_settings() -> tuple[bool, bool]:

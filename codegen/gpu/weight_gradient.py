@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from codegen.gpu import source as gpu
+from codegen.gpu import tiles
 from codegen.gpu.products import Parts
 
 _MOST = 1 << 31
-# What a multiprocessor of an H200 does in a clock, to compare tiles with: products by bytes of a
-# value and bytes from memory, its share, as its data sheet has them; bytes from the L2 cache,
-# assumed. 8-bit values are turned around on their way to the tensor cores: half their rate.
-_PRODUCTS = {1: 2048, 2: 2048, 4: 1024}
-_CACHE_BYTES, _MEMORY_BYTES = 32, 2700
-# Clocks that a step takes at least, and beginning and ending a program.
-_STEP, _PROGRAM = 150, 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         )
     )  # fmt: skip
     tile, splits = _cut(own, columns, problem.groups, pixels, problem.dtype)
-    tiles = gpu.ceil_div(own, tile["BM"]) * gpu.ceil_div(columns, tile["BN"])
+    count = gpu.ceil_div(own, tile["BM"]) * gpu.ceil_div(columns, tile["BN"])
     steps = gpu.ceil_div(gpu.ceil_div(pixels, tile["BK"]), splits)
     byte, integer = problem.dtype in gpu.BYTES, problem.dtype is torch.int8
     if filters * columns >= _MOST or prod(problem.out_size) // filters >= _MOST:
@@ -138,7 +132,7 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
     }  # fmt: skip
     # Bytes that are turned around take registers too: with 4 warps, too many from 128 by 64 on.
     warps = 8 if tile["BM"] * tile["BN"] >= (128 * 64 if byte else 128 * 128) else 4
-    grid = f"({tiles}, {splits}, {problem.groups})"
+    grid = f"({count}, {splits}, {problem.groups})"
     operands, finish = (
         "".join(f", {name}" for name in names) for names in (form.operands, form.finish)
     )
@@ -155,26 +149,15 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
 def _cut(
     own: int, columns: int, groups: int, pixels: int, dtype: torch.dtype
 ) -> tuple[dict[str, int], int]:
-    """Return the tile and the number of programs that share its pixels, by predicted clocks."""
+    """Return the tile, and how many programs share its pixels."""
     deep = {1: 128, 2: 64, 4: 32}[dtype.itemsize]
     steps = gpu.ceil_div(pixels, deep)
-    best = (float("inf"), 0, 0, 1)
-    for high in sorted({gpu.power(own, 16, most) for most in (64, 128)}):
-        for wide in sorted({gpu.power(columns, 16, most) for most in (64, 128)}):
-            tiles = gpu.ceil_div(own, high) * gpu.ceil_div(columns, wide) * groups
-            multiplied = high * wide * deep / _PRODUCTS[dtype.itemsize]
-            loaded = (high + wide) * deep * dtype.itemsize / _CACHE_BYTES
-            splits = 1
-            while splits == 1 or splits <= min(steps // 2, 256):
-                waves = gpu.ceil_div(tiles * splits, gpu.MULTIPROCESSORS)
-                step = max(multiplied, loaded, _STEP)
-                clocks = waves * (gpu.ceil_div(steps, splits) * step + _PROGRAM)
-                # Sums are written and read.
-                clocks += 8 * splits * own * groups * columns / _MEMORY_BYTES
-                best = min(best, (clocks, -high, -wide, splits))
-                splits *= 2
-    _, high, wide, splits = best
-    return {"BM": -high, "BN": -wide, "BK": deep}, splits
+    tile = tiles.best(
+        tiles.Work(
+            own, columns, steps, deep, groups, dtype.itemsize, least=64, turned=True, shared=True
+        )
+    )
+    return {"BM": tile.high, "BN": tile.wide, "BK": deep}, tile.splits
 
 
 # Bytes of all pixels, of operands with a border. Both are read as they lie in memory, channels

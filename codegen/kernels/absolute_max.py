@@ -78,7 +78,7 @@ def emit_triton(x: Tensor) -> gpu.Program | str:
         return f"more than {_MAX_RANK} axes"
     count = 0 if x.numel() == 0 else axes[0][1] * axes[1][1] * axes[2][1] * axes[3][1]
     block = 4096
-    programs = max(1, min(4 * gpu.MULTIPROCESSORS, gpu.ceil_div(count, block)))
+    programs = max(1, min(4 * gpu.multiprocessors(), gpu.ceil_div(count, block)))
     constants = {
         "COUNT": count, "BLOCK": block, "PROGRAMS": programs, "POWER": gpu.power(programs),
         "INDEX": gpu.index_type(x, count),

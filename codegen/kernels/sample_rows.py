@@ -93,7 +93,7 @@ def emit_triton(
     if max(mass.shape[0], segments * count) >= 1 << 30:
         return "more rows than the draws tell apart"
     rows = mass.shape[0] // segments
-    block = gpu.power(gpu.ceil_div(rows, gpu.MULTIPROCESSORS), 256, 4096)
+    block = gpu.power(gpu.ceil_div(rows, gpu.multiprocessors()), 256, 4096)
     pieces = gpu.ceil_div(rows, block)
     constants = {
         "SALT": salt, "SEGMENTS": segments, "R": count, "N": rows, "BLOCK": block,

@@ -82,7 +82,7 @@ def _compiled(name: str, args: tuple[Any, ...], machine: tuple[str, Any, int]) -
 
 
 def _bytes(gradient: str) -> tuple[Any, ...]:
-    size = [32, 64, 16, 16]
+    size = [32, 128, 16, 16]
     sizes = (size, size, [3, 3], [1, 1], [1, 1], [1, 1], 1)
     given = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
     scales = torch.empty(()), torch.empty(())
@@ -103,14 +103,14 @@ def _floats(product: str, own: bool) -> tuple[Any, ...]:
 
 
 def _rows() -> tuple[Any, ...]:
-    image = torch.empty(32, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    image = torch.empty(32, 128, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
     index, weight = torch.empty(2048, dtype=torch.int64), torch.empty(2048)
-    sums = torch.empty(64, 3, 3)
-    return image, image, index, weight, torch.empty(64), sums, [3, 3], *_AXES, 1, True
+    sums = torch.empty(128, 3, 3)
+    return image, image, index, weight, torch.empty(128), sums, [3, 3], *_AXES, 1, True
 
 
 def _listed() -> tuple[Any, ...]:
-    image, weight = _rows()[0], torch.empty(64, 64, 3, 3, dtype=torch.bfloat16)
+    image, weight = _rows()[0], torch.empty(128, 128, 3, 3, dtype=torch.bfloat16)
     index = torch.empty(1, 32, dtype=torch.int64)
     return image, weight, index, torch.empty(1, 32), list(image.shape), *_AXES, 1, True
 
@@ -120,12 +120,22 @@ def _masked() -> tuple[Any, ...]:
     return image, image, torch.empty(()), [3, 3], *_AXES, 1
 
 
+def _pruned() -> tuple[Any, ...]:
+    """In float32, which is multiplied as tf32 and takes registers for it."""
+    grad = torch.empty(32, 128, 32, 32, memory_format=torch.channels_last)
+    weight = torch.empty(128, 128, 3, 3, memory_format=torch.channels_last)
+    size = [32, 128, 32, 32]
+    draw = torch.empty(()), torch.empty((), dtype=torch.int64)
+    return grad, weight, *draw, size, [1, 1], [1, 1], [1, 1], 1, 0, 1
+
+
 PRODUCTS = {
     "int8_dgrad": (lambda: _bytes("input"), ("s32.s8.s8", "mfma_i32")),
     "int8_wgrad": (lambda: _bytes("weight"), ("s32.s8.s8", "mfma_i32")),
     "masked_wgrad": (_masked, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_channels": (_listed, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_wgrad": (_rows, ("f32.bf16.bf16", "mfma_f32")),
+    "pruned_dgrad": (_pruned, ("f32.tf32.tf32", "mfma_f32")),
 }
 
 
@@ -135,16 +145,19 @@ PRODUCTS = {
 @pytest.mark.parametrize(
     "machine", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda m: str(m[1])
 )
-def test_products_use_tensor_cores(
+def test_products_use_tensor_cores_and_spill_nothing(
     name: str, machine: tuple[str, Any, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled ahead of time; a GPU that lacks the shared memory would refuse the binary."""
+    """Compiled ahead of time, in the largest tiles; a GPU would refuse too much shared memory."""
     monkeypatch.setattr(int8, "zero_point", lambda device: 0)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     args, (nvidia, amd) = PRODUCTS[name]
     for compiled in _compiled(name, args(), machine):
         text = compiled.asm["ptx" if machine[0] == "cuda" else "amdgcn"]
         wanted = {80: r"mma\.sync\S*", 90: r"wgmma\.mma_async\S*"}.get(machine[1])
         assert re.search(f"{wanted}{nvidia}" if wanted else f"v_{amd}", text)
+        registers, spilled = ahead.usage(compiled)
+        assert 32 <= registers <= (255 if machine[0] == "cuda" else 512) and not spilled
         # Of an A100 and more; of the least AMD GPU.
         assert compiled.metadata.shared <= (163 << 10 if machine[0] == "cuda" else 64 << 10)
 
@@ -268,11 +281,16 @@ def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         gpu_build.toolchain.cache_clear()
 
 
+def _once(run: Callable[[], object]) -> float:
+    run()
+    return 1.0
+
+
 @needs_triton
 def test_a_program_that_fails_warns_and_plain_torch_runs() -> None:
     kernel = kernels()["absolute_max"]
     broken = dataclasses.replace(kernel, emit_triton=lambda x: Program("def run(*_): 1 / 0\n"))
-    run, x = _GpuRunner(broken), torch.arange(-5.0, 3.0)
+    run, x = _GpuRunner(broken, _once), torch.arange(-5.0, 3.0)
     with pytest.warns(UserWarning, match="absolute_max runs in plain torch: division by zero"):
         assert run(x) == 5
     # Once: the next call neither tries nor warns.
@@ -292,7 +310,8 @@ def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_build, "toolchain", lambda: None)
     heard: list[tuple[str, list[torch.dtype]]] = []
 
-    def hear(name: str, program: Program, tensors: list[Tensor]) -> None:
+    def hear(name: str, programs: tuple[Program, ...], tensors: list[Tensor]) -> None:
+        assert len(programs) == 1
         heard.append((name, [tensor.dtype for tensor in tensors]))
 
     monkeypatch.setattr(gpu_build, "LISTENERS", [hear])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from cost_model import (
     Figure,
     Hardware,
     KernelCost,
+    Multiprocessors,
     seconds,
     total,
 )
@@ -153,3 +155,55 @@ def test_published_machines_are_labelled_and_ordered(name: str) -> None:
     assert not hardware.calibrated
     peaks = {dtype: figure.value for dtype, figure in hardware.peak_flops_per_s.items()}
     assert peaks["float32"] < peaks["bfloat16"] < peaks["int8"]
+    assert all(peaks["float32"] <= peaks[name] for name in {"tf32", "float16", "float8"} & {*peaks})
+
+
+@pytest.mark.parametrize("name", sorted({*DATASHEETS} - {"AVX-512 CPU"}))
+def test_every_figure_of_a_gpu_has_a_source(name: str) -> None:
+    """An address, or a label with the reason where nothing is published."""
+    hardware, units = DATASHEETS[name], DATASHEETS[name].multiprocessors
+    assert units is not None and {"tf32", "float16"} <= {*hardware.peak_flops_per_s}
+    published = (*hardware.peak_flops_per_s.values(), hardware.launch_s, units.count)
+    assert all(figure.source.startswith("https://") for figure in published)
+    assert units.cache_bytes_per_s.source.startswith(("https://", "assumed: "))
+    assert units.cache_bytes_per_s.value > hardware.bandwidth_bytes_per_s.value
+
+
+UNITS = Multiprocessors(Figure(100, SOURCE), Figure(1e6, SOURCE), Figure(1e15, SOURCE))
+
+
+@pytest.mark.parametrize(("tiles", "waves"), [(1, 1), (100, 1), (101, 2), (200, 2), (201, 3)])
+def test_a_tile_too_many_takes_another_wave(tiles: int, waves: int) -> None:
+    """All tiles are of the largest size: smaller ones would make no fewer waves of less."""
+    peak = 100 * 2.0 * 32 * 32
+    found = UNITS.product_s(32 * tiles, 32, 1, 1, "bfloat16", peak)
+    assert found == pytest.approx(waves)
+
+
+def test_a_large_product_reaches_the_peak_and_a_thin_one_waits_for_the_cache() -> None:
+    flops = 2.0 * 4096 * 4096 * 4096
+    whole = UNITS.product_s(4096, 4096, 4096, 1, "bfloat16", 1e12)
+    assert flops / 1e12 <= whole <= 1.15 * flops / 1e12
+    slow = dataclasses.replace(UNITS, cache_bytes_per_s=Figure(1e9, SOURCE))
+    assert slow.product_s(4096, 4096, 4096, 1, "bfloat16", 1e12) > 2 * whole
+    # Bytes are half as long.
+    assert slow.product_s(4096, 4096, 4096, 1, "int8", 1e12) < 0.6 * slow.product_s(
+        4096, 4096, 4096, 1, "bfloat16", 1e12
+    )
+
+
+def test_weight_gradients_share_out_what_is_contracted() -> None:
+    sizes = {"in": 64, "out": 64, "groups": 1, "rows": 131072, "taps": 9}
+    peak = 1e12
+    flops = 2.0 * 64 * 64 * 131072 * 9
+    for kind in ("convolution_weight", "sampled_wgrad", "convolution_input", "int8_forward"):
+        assert flops / peak <= UNITS.of_kernel(kind, sizes, "bfloat16", peak) <= 1.3 * flops / peak
+    assert UNITS.of_kernel("elementwise", {"bytes": 8}, "float32", peak) == 0
+
+
+def test_what_fits_into_half_the_cache_moves_at_its_rate() -> None:
+    hardware = dataclasses.replace(
+        machine(), multiprocessors=dataclasses.replace(UNITS, cache_bytes=Figure(2e8, SOURCE))
+    )
+    assert hardware.ideal_s(kernel(moved=1e8)) == pytest.approx(1e8 / 1e15)
+    assert hardware.ideal_s(kernel(moved=1.1e8)) == pytest.approx(1.1)

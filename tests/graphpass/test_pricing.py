@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import graphpass
 from codegen import int8
 from cost_model import DATASHEETS, KernelCost, counted_once
 from graphpass import (
@@ -22,12 +23,17 @@ from graphpass import (
     kernels_of,
     pricing,
     timing,
+    trial,
     workloads,
 )
+from graphpass.backend import approx
 from graphpass.calibration import Machine, Measurement
 from graphpass.capture import Analysis
 from graphpass.method import Method, get_method, methods
+from graphpass.options import Options
+from graphpass.planner import make_plan
 from graphpass.site import Gradient, Site
+from tests.graphpass.planning import chain, conv_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -99,6 +105,20 @@ def test_without_a_calibration_published_figures_are_labelled() -> None:
 def test_a_gpu_without_figures_is_priced_by_another() -> None:
     prices = pricing.of(Analysis((), device="cuda"), THREADS)
     assert prices.exact(_linear(Gradient.FORWARD)).source == "datasheet"
+
+
+@pytest.mark.parametrize(("precision", "rate"), [("highest", 19.5e12), ("high", 156e12)])
+def test_float32_is_priced_as_a_gpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, precision: str, rate: float
+) -> None:
+    """A large product, of whole tiles nearly: that of an A100 in float32, or in tf32."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    prices = pricing.of(Analysis((), device="cuda"), THREADS)
+    site = _linear(Gradient.FORWARD, rows=10**6)
+    flops = 2 * 10**6 * CHANNELS**2
+    moved = 4 * (2 * 10**6 * CHANNELS + CHANNELS**2)
+    expected = max(flops / rate, moved / prices.hardware.bandwidth_bytes_per_s.value)
+    assert prices.exact(site).seconds == pytest.approx(expected, rel=0.05)
 
 
 def _truncate(text: str) -> str:
@@ -219,6 +239,69 @@ def test_a_method_is_timed_as_it_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < sum(price.shared.values()) < 1.0
     [[product]] = results
     assert product.shape == (CHANNELS, CHANNELS)
+
+
+def test_what_a_gpu_would_approximate_is_timed_before_it_is_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exact and approximated, once each; what the vendor computes faster stays exact."""
+    layers = [conv_layer(number, channels=256, size=32, batch=128) for number in (1, 2)]
+    analysis = replace(chain(layers), device="cuda")
+    timed: list[tuple[str, str]] = []
+
+    def time(self: Any, site: Site, method: Method | None, params: Any) -> float:
+        del self, params
+        timed.append((site.id, method.name if method else "exact"))
+        return 1.0 if method is None else 2.0 if site.gradient is Gradient.INPUT else 0.5
+
+    monkeypatch.setattr(pricing.HardwarePricing, "_time", time)
+    options = Options(budget=1.0, methods=["int8"])
+    assert {d.method for d in make_plan(analysis, options, 0, None).approximated} == {"int8"}
+    assert not timed, "there is no GPU"
+    monkeypatch.setattr(pricing.HardwarePricing, "guesses_about_a_gpu", True)
+    plan = make_plan(analysis, options, 0, None)
+    assert timed and len(set(timed)) == len(timed)
+    assert {d.site.partition(":")[2] for d in plan.approximated} == {"weight"}
+    assert plan.prediction is not None
+    sources = {site.planned_source for site in plan.prediction.sites.values() if site.approximated}
+    assert sources == {"measured"}
+    # The next process reads what this one has found.
+    before = len(timed)
+    assert make_plan(analysis, options, 0, None).decisions == plan.decisions
+    assert len(timed) == before
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_products_are_timed_while_a_model_is_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On real operands, in the midst of Dynamo's fake ones; here the method's are cheap."""
+    results: list[Any] = []
+
+    def best_s(run: Callable[[], object], limit_s: float) -> float:
+        results.append(run())
+        return limit_s / len(results)
+
+    monkeypatch.setattr(pricing, "best_s", best_s)
+    monkeypatch.setattr(trial, "approximate", trial.uncompiled)
+    monkeypatch.setattr(pricing.HardwarePricing, "guesses_about_a_gpu", True)
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    options = {"methods": ["int8"], "budget": 1.0, "strict": True, "warmup_steps": 0}
+    compiled = torch.compile(model, backend=approx, options=options)
+    compiled(torch.randn(8, 16, 32, 32)).sum().backward()
+    sources = {row.prediction.planned_source for row in graphpass.reports()[-1].rows}
+    assert results and "measured" in sources
+    tensors = [x for result in results for x in result if x is not None]
+    assert all(type(x) is torch.Tensor and x.isfinite().all() for x in tensors)
+
+
+def test_a_method_is_timed_without_being_compiled_on_a_gpu() -> None:
+    """The same operations give the same result, in the layout of the product."""
+    site, method = _linear(Gradient.WEIGHT), get_method("int8")
+    given = trial.operands(site, "cpu")
+    results: Any = trial.uncompiled(site, method, method.params(), given)()
+    product, exact = results[0].flatten(), given["left"].matmul(given["right"]).flatten()
+    assert torch.nn.functional.cosine_similarity(product, exact, dim=0) > 0.99
 
 
 def test_unreadable_measurements_are_forgotten(tmp_path: Path, logged: list[str]) -> None:
