@@ -128,7 +128,7 @@ DATASHEETS: Mapping[str, Hardware] = MappingProxyType(
                 "L40S",
                 _L40S,
                 0.864,
-                _units(142, 96, 12.9, _L40S, _LIKE_A100),
+                _units(142, 96, 12.9, _ADA, _LIKE_A100),
                 float32=91.6,
                 tf32=183,
                 bfloat16=362.05,
