@@ -184,7 +184,12 @@ def emit_cpp(
     }  # fmt: skip
     sizes = [0 if copy is None else -(-copy.size_bytes // 64) * 64 for copy in copies]
     constants["X_COPY_BYTES"] = sizes[0]
+    # Sums of gradients, of every tap and of all pixels, in whole lines.
+    late = center is not None and grad.dtype is torch.bfloat16
+    tallies = splits * groups * (1 + math.prod(kernel)) * tile["TILES"] * 8
+    constants["TALLIES"] = -(-tallies // 16) * 16 if late else 0
     scratch = splits * partial + splits * slabs * tile["BUFFER"] + sum(sizes)
+    scratch += constants["TALLIES"] * 4
     made = [
         f"{copy.call}\n  {name} = {name}_copy;"
         for copy, name in zip(copies, ("x", "grad"), strict=True)
@@ -219,7 +224,9 @@ _BODY = r"""static void kernel(void* const* t) {
   T* result = static_cast<T*>(t[4 + CENTERED + SUMS]);
   float* parts = static_cast<float*>(t[5 + CENTERED + SUMS]);  // [SPLITS][GROUPS][PART]
   Buffers* buffers = reinterpret_cast<Buffers*>(parts + SPLITS * GROUPS * PART);  // one a thread
-  T* x_copy = reinterpret_cast<T*>(reinterpret_cast<char*>(buffers) + SPLITS * SLABS * BUFFER);
+  float* tallies = reinterpret_cast<float*>(  // [SPLITS][GROUPS][TALLY]
+      reinterpret_cast<char*>(buffers) + SPLITS * SLABS * BUFFER);
+  T* x_copy = reinterpret_cast<T*>(tallies + TALLIES);
   T* grad_copy = reinterpret_cast<T*>(reinterpret_cast<char*>(x_copy) + X_COPY_BYTES);
 
   find_borders();
@@ -236,6 +243,11 @@ _BODY = r"""static void kernel(void* const* t) {
         const float* mu = CENTERED ? center + g * CG * CS : nullptr;
         float* part = parts + (split * GROUPS + g) * PART;
         pack_grads(grad + g * OG * GS1, index, weight, block * BLOCK, mine.grads);
+        if (LATE && slab == 0) {
+          float* sum = tallies + (split * GROUPS + g) * TALLY;
+          if (block == begin) std::fill(sum, sum + TALLY, 0.0f);
+          tally(mine.grads, mine.rows, words, (v8*)sum);
+        }
         for (long n = slab * PANELS / SLABS; n < (slab + 1) * PANELS / SLABS; n++) {
           (WHOLE ? fill_vectors : fill_columns)(x + g * CG * XS1, mu, mine.rows, words, n,
                                                 mine.panel);
@@ -259,9 +271,13 @@ _BODY = r"""static void kernel(void* const* t) {
     for (long tap = 0; tap < TAPS; tap++) {
       T* to = result + o * RS0 + tap / KW * RS2 + tap % KW * RS3;
       float share = SUMS ? sums[o * TAPS + tap] : 0.0f;
+      for (long split = 0; LATE && split < (R > 0 ? SPLITS : 0); split++) {
+        const float* of = tallies + (split * GROUPS + g) * TALLY + o % OG;
+        share += of[(1 + tap) * TILES * M] - of[0];
+      }
       for (long c = 0; c < CG; c++) {
         float value = sum[tap * CG + c];
-        store(to + c * RS1, SUMS ? value + share * center[(g * CG + c) * CS] : value);
+        store(to + c * RS1, SUMS || LATE ? value + share * center[(g * CG + c) * CS] : value);
       }
     }
   });
