@@ -8,11 +8,12 @@ Of those, R are given, with weights; patch(x)[b, p] is what the kernel sees from
 
 A centre (channel means, usually) is subtracted inside the image only, padding stays 0, and its own
 share of dw is added back: sums[o, tap] is what g[o] sums to where that tap lies inside the image.
-With `narrow` what is multiplied may be rounded to bfloat16, after weighting and centring, where the
-processor multiplies pairs of those: twice as fast, and 2^-9 of a sampled value is nothing beside
-the noise of sampling. Pixels may be repeated. Only rows of x and g that are named are read, and no
-patch outlives a block of 128 rows (256 in bfloat16). A Linear layer is the case of a 1x1 kernel on
-1x1 maps. Letters: B batch, Ci and Co channels, R rows.
+With `narrow` what is multiplied may be rounded to bfloat16, gradients after weighting and patches
+after centring, where the processor multiplies pairs of those: twice as fast, and 2^-9 of a sampled
+value is nothing beside the noise of sampling. Patches that are bfloat16 are not rounded: their
+centre is taken out of the sums (`codegen.patch_tiles`). Pixels may be repeated. Only rows of x and
+g that are named are read, and no patch outlives a block of 128 rows (256 in bfloat16). A Linear
+layer is the case of a 1x1 kernel on 1x1 maps. Letters: B batch, Ci and Co channels, R rows.
 """
 
 import math

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen import cpp
+from codegen import channels_last, cpp, top_patches
 from codegen.gpu.top_patches import top_patches_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
@@ -112,64 +112,12 @@ def emit_cpp(
         **cpp.strides("GS", grad), **cpp.strides("XS", x), **cpp.strides("RS", result),
     }  # fmt: skip
     kept = batch * out_channels * k
-    return Source(cpp.source(constants, _BODY), scratch_bytes=8 * kept)
+    return Source(
+        cpp.source(constants, channels_last.TEXT + top_patches.TEXT + _BODY), scratch_bytes=8 * kept
+    )
 
 
-_BODY = r"""
-constexpr long POSITIONS = OH * OW, CG = CI / GROUPS, OG = CO / GROUPS;
-constexpr long BLOCK = 16;  // output channels that are scanned together
-
-// Where the k largest values of one map are, and what each of them weighs.
-static void keep_many(const T* g, int32_t* position, float* weight) {
-  static thread_local float values[POSITIONS];
-  static thread_local int32_t order[POSITIONS];
-  float total = 0, kept = 0;
-  for (long p = 0; p < POSITIONS; p++) {
-    values[p] = load(g[(p / OW) * GS2 + (p % OW) * GS3]);
-    order[p] = int32_t(p);
-    total += values[p];
-  }
-  // NaN counts as the largest value, as in the reference.
-  auto larger = [&](int32_t a, int32_t b) {
-    float x = std::fabs(values[a]), y = std::fabs(values[b]);
-    return (x != x && y == y) || x > y;
-  };
-  if (K < POSITIONS) std::nth_element(order, order + K, order + POSITIONS, larger);
-  for (long i = 0; i < K; i++) kept += values[order[i]];
-  for (long i = 0; i < K; i++) {
-    position[i] = order[i];
-    weight[i] = (values[order[i]] + (total - kept) / K) * SCALE;
-  }
-}
-
-// The same for k = 1 and up to BLOCK neighbouring channels: one pass, vectors of channels.
-static void keep_one(const T* g, long channels, int32_t* position, float* weight) {
-  float best[BLOCK], total[BLOCK];
-  int32_t where[BLOCK];
-  for (long c = 0; c < BLOCK; c++) best[c] = -1, total[c] = 0, where[c] = 0;
-  auto scan = [&](long count) {
-    for (long h = 0; h < OH; h++)
-      for (long w = 0; w < OW; w++) {
-        const T* row = g + h * GS2 + w * GS3;
-        int32_t here = int32_t(h * OW + w);
-        for (long c = 0; c < count; c++) {
-          float value = load(row[c * GS1]), size = std::fabs(value);
-          total[c] += value;
-          // Written so that the first NaN wins and stays.
-          bool better = !(size <= best[c]) && best[c] == best[c];
-          best[c] = better ? size : best[c];
-          where[c] = better ? here : where[c];
-        }
-      }
-  };
-  if (channels == BLOCK) scan(BLOCK); else scan(channels);
-  for (long c = 0; c < channels; c++) {
-    position[c] = where[c];
-    weight[c] = total[c] * SCALE;
-  }
-}
-
-static void kernel(void* const* t) {
+_BODY = r"""static void kernel(void* const* t) {
   const T* grad = static_cast<const T*>(t[0]);
   const T* x = static_cast<const T*>(t[1]);
   T* result = static_cast<T*>(t[2]);
@@ -180,7 +128,8 @@ static void kernel(void* const* t) {
     for (long o = 0; o < CO; o += K == 1 ? BLOCK : 1) {
       const T* g = grad + b * GS0 + o * GS1;
       long at = (b * CO + o) * K;
-      if (K == 1) keep_one(g, std::min(BLOCK, CO - o), positions + at, weights + at);
+      if (K == 1 && GS1 == 1 && o + BLOCK <= CO) keep_vector(g, positions + at, weights + at);
+      else if (K == 1) keep_one(g, std::min(BLOCK, CO - o), positions + at, weights + at);
       else keep_many(g, positions + at, weights + at);
     }
   });
@@ -190,22 +139,7 @@ static void kernel(void* const* t) {
     alignas(64) float sum[KH * KW * CG];
     std::fill(sum, sum + KH * KW * CG, 0.0f);
     const T* group = x + (o / OG) * CG * XS1;
-    for (long b = 0; b < B; b++)
-      for (long i = 0; i < K; i++) {
-        long p = positions[(b * CO + o) * K + i];
-        float weight = weights[(b * CO + o) * K + i];
-        for (long kh = 0; kh < KH; kh++) {
-          long h = p / OW * SH + kh * DH - PH;
-          if (h < 0 || h >= IH) continue;
-          for (long kw = 0; kw < KW; kw++) {
-            long w = p % OW * SW + kw * DW - PW;
-            if (w < 0 || w >= IW) continue;
-            const T* pixel = group + b * XS0 + h * XS2 + w * XS3;
-            float* into = sum + (kh * KW + kw) * CG;
-            for (long c = 0; c < CG; c++) into[c] += weight * load(pixel[c * XS1]);
-          }
-        }
-      }
+    (XS1 == 1 && CG % 16 == 0 ? add_vectors : add_any)(group, positions, weights, o, sum);
     for (long c = 0; c < CG; c++)
       for (long kh = 0; kh < KH; kh++)
         for (long kw = 0; kw < KW; kw++)
@@ -258,6 +192,7 @@ def samples() -> tuple[Sample, ...]:
     """Return convolutions of every geometry, in both layouts and types, and odd sizes."""
     nchw, half = torch.contiguous_format, torch.bfloat16
     plain = _sample(3, (17, 19), (9, 7), (3, 3), (1, 1, 1, 1))
+    wide = _sample(3, (32, 24), (9, 7), (3, 3), (1, 1, 1, 1))
 
     def not_a_number(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         grad = grad.clone()
@@ -272,9 +207,14 @@ def samples() -> tuple[Sample, ...]:
         _sample(2, (8, 8), (9, 9), (7, 7), (1, 3, 1, 8)),
         _sample(3, (17, 5), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half),
         _sample(3, (4, 33), (8, 8), (3, 3), (1, 1, 1, 1), dtype=half, memory_format=nchw),
+        # Vectors of channels: several to a pixel, more than registers hold, in groups.
+        wide,
+        _sample(2, (272, 16), (3, 3), (3, 3), (1, 1, 1, 1), k=2, dtype=half),
+        _sample(70, (64, 36), (7, 5), (3, 2), (2, 1, 1, 2), k=5),
         _sample(2, (3, 4), (5, 5), (3, 3), k=9),
         _sample(3, (8, 6), (8, 8), (3, 3), (1, 1, 1, 2), k=4, dtype=half),
         _with(plain, not_a_number),
+        _with(wide, not_a_number),
         # What a sum over the output hands back: one value, expanded.
         _with(plain, lambda grad, x: (grad[:, :1, :1, :1].expand(grad.shape), x)),
         _with(plain, lambda grad, x: (grad.flip(3), x.transpose(2, 3).contiguous().mT)),
