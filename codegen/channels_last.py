@@ -56,6 +56,9 @@ static inline lanes16 read16(const float* at) { return *(const lanes16u*)at; }
 static inline lanes16 read16(const bf16* at) {
   return (lanes16)__builtin_convertvector(*(const half16u*)at, bits16);
 }
+// The same as floats.
+static inline lanes16 floats(const float* at) { return read16(at); }
+static inline lanes16 floats(const bf16* at) { return (lanes16)((bits16)read16(at) << 16); }
 static inline void write16(float* at, lanes16 value) { *(lanes16u*)at = value; }
 static inline void write16(bf16* at, lanes16 value) {
   *(half16u*)at = __builtin_convertvector((bits16)value, half16u);

@@ -1,7 +1,7 @@
 """C++ that multiplies gradients with patches of an input: a block of output pixels at a time.
 
-The text needs the constants of a convolution, of its rows and of `tile` before it (see
-`kernels/sampled_wgrad.py`). A block of 128 rows (256 in bfloat16) is packed twice: its gradients as
+The text needs that of `channels_last` and the constants of a convolution, of its rows and of `tile`
+before it (see `kernels/sampled_wgrad.py`). A block of 128 rows (256 in bfloat16) is packed twice: its gradients as
 [tiles of 8 output channels][rows][8], its patches as panels [rows][NV vectors of 16 columns], a
 column being a tap and an input channel. A panel of 128 rows and 3 vectors is 24 KB: it stays in the
 first cache while all gradients pass. The product of one tile and one panel stays in registers.
@@ -39,7 +39,6 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t w16 __attribute__((vector_size(64)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef uint32_t w8 __attribute__((vector_size(32)));
-typedef float anywhere __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
 
 constexpr long POSITIONS = OH * OW, CG = CI / GROUPS, OG = CO / GROUPS, TAPS = KH * KW;
@@ -131,11 +130,6 @@ static void sweep_block(const T* grad, const T* x, const Index* index, long bloc
     sweep(grad, at(first, GS0, GS2), at(last, GS0, GS2) + GS2, B * GS0);
 }
 
-// 16 neighbouring values, as floats.
-static inline v16 floats(const float* at) { return *(const anywhere*)at; }
-static inline v16 floats(const bf16* at) {
-  return (v16)(__builtin_convertvector(*(const halves*)at, w16) << 16);
-}
 // Floats of two rows as bfloat16, in the halves of words.
 static inline w16 joined(v16 one, v16 two) {
 #if defined(__AVX512BF16__)

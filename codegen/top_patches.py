@@ -65,7 +65,7 @@ static void keep_vector(const T* g, int32_t* position, float* weight) {
   lanes16 total = {};
   for (long h = 0; h < OH; h++)
     for (long w = 0; w < OW; w++) {
-      lanes16 value = read16(g + h * GS2 + w * GS3);
+      lanes16 value = floats(g + h * GS2 + w * GS3);
       total += value;
       bits16 size = (bits16)value & 0x7FFFFFFFu, nan = bits16{} + 0x7F800001u;
       size = size < nan ? size : nan;
@@ -104,10 +104,10 @@ struct Pixel { const T* at; float weight; };
 template <long N> static inline void add_pixels(const Pixel* list, long count, long c, float* sum) {
   lanes16 part[N];
 #pragma GCC unroll 16
-  for (long n = 0; n < N; n++) part[n] = read16(sum + c + n * 16);
+  for (long n = 0; n < N; n++) part[n] = floats(sum + c + n * 16);
   for (long i = 0; i < count; i++)
 #pragma GCC unroll 16
-    for (long n = 0; n < N; n++) part[n] += read16(list[i].at + c + n * 16) * list[i].weight;
+    for (long n = 0; n < N; n++) part[n] += floats(list[i].at + c + n * 16) * list[i].weight;
 #pragma GCC unroll 16
   for (long n = 0; n < N; n++) write16(sum + c + n * 16, part[n]);
 }
