@@ -1,10 +1,11 @@
 """C++ that multiplies gradients with patches of an input: a block of output pixels at a time.
 
 The text needs that of `channels_last` and the constants of a convolution, of its rows and of `tile`
-before it (see `kernels/sampled_wgrad.py`). A block of 128 rows (256 in bfloat16) is packed twice: its gradients as
-[tiles of 8 output channels][rows][8], its patches as panels [rows][NV vectors of 16 columns], a
-column being a tap and an input channel. A panel of 128 rows and 3 vectors is 24 KB: it stays in the
-first cache while all gradients pass. The product of one tile and one panel stays in registers.
+before it (see `kernels/sampled_wgrad.py`). A block of 128 rows (256 in bfloat16) is packed twice:
+its gradients as [tiles of 8 output channels][rows][8], its patches as panels [rows][NV vectors of
+16 columns], a column being a tap and an input channel. A panel of 128 rows and 3 vectors is 24 KB:
+it stays in the first cache while all gradients pass. The product of one tile and one panel stays in
+registers.
 
 oneDNN's micro-kernels want the left factor transposed, here the gradients; these read it as it is.
 """
