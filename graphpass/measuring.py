@@ -257,7 +257,8 @@ def table_of(
 
 
 def _mean(several: Sequence[LocalNoise]) -> LocalNoise:
-    columns = zip(*((entry.noise, entry.bias, entry.square) for entry in several), strict=True)
+    numbers = ((entry.noise, entry.bias, entry.square, entry.density) for entry in several)
+    columns = zip(*numbers, strict=True)
     return LocalNoise(*(sum(column) / len(several) for column in columns))
 
 

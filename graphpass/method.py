@@ -82,6 +82,8 @@ class Method:
         samples: small problems for the contract tests.
         noise: (site, params, *operands) -> 0-d tensor, the predicted E|approximate - exact|^2,
             summed over the result; None where no formula is known.
+        density: (site, params, *operands) -> 0-d tensor, the expected share of the output gradient
+            that is left; None for a method that drops no single values.
         ladder: the parameters worth considering for a site; None for the default ones alone.
         prior: (site, params) -> what it is expected to add; None, or None returned, where nothing
             is known, and then the planner chooses it only once its noise was measured.
@@ -102,6 +104,7 @@ class Method:
     lower: Callable[..., Tensor]
     samples: Callable[[], tuple[Sample, ...]]
     noise: Callable[..., Tensor] | None = None
+    density: Callable[..., Tensor] | None = None
     ladder: Callable[[Site], tuple[Any, ...]] | None = None
     prior: Callable[[Site, Any], Prior | None] | None = None
     kernels: tuple[str, ...] = ()

@@ -33,11 +33,13 @@ class LocalNoise:
         noise: E|approximate - E approximate|^2, over the draws.
         bias: |E approximate - exact|^2.
         square: |exact|^2, of one batch.
+        density: share of the output gradient that is left, of a method that drops values; else 1.
     """
 
     noise: float
     bias: float
     square: float
+    density: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,8 @@ def _figures(sites: Sequence[SitePrediction]) -> list[tuple[str, list[str]]]:
         taus = [noise(s.tau, s.noise_source, measured) for s in sites]
         biases = [noise(s.bias, s.noise_source, measured) for s in sites]
         columns += [(f"tau, {word}", taus), (f"bias, {word}", biases)]
-    return columns
+    densities = ["" if s.density is None else _number(s.density) for s in sites]
+    return [*columns, ("density, measured", densities)]
 
 
 def _sources(prediction: Prediction) -> str:

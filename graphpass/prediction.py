@@ -15,7 +15,7 @@ from graphpass.candidates import effect_of
 from graphpass.capture import Analysis
 from graphpass.dependence import reach_of
 from graphpass.frontier import Point
-from graphpass.noise import NoiseTable, steps_inflation
+from graphpass.noise import NoiseTable, key_of, steps_inflation
 from graphpass.pricing import Pricing
 from graphpass.propagation import Propagation
 from graphpass.rewrite import Replacement
@@ -38,6 +38,8 @@ class SitePrediction:
         tau: noise that it adds, relative to the noise of the gradient; None where not known.
         bias: squared bias that it adds, relative to the squared gradient; None where not known.
         noise_source: where both come from: "prior" or "measured"; "" for an exact site.
+        density: share of the output gradient that is left, of a method that drops values; None
+            for others, and where it has not been measured.
         others: what was considered beside, and why it was not chosen.
     """
 
@@ -49,6 +51,7 @@ class SitePrediction:
     tau: float | None = 0.0
     bias: float | None = 0.0
     noise_source: str = ""
+    density: float | None = None
     others: tuple[str, ...] = ()
 
 
@@ -182,10 +185,18 @@ def predict(
                 tau=None if effect is None else effect.tau,
                 bias=None if effect is None else effect.bias,
                 noise_source=prior.SOURCE if forward else table.source,
+                density=_density(chosen, table),
             )
         sites[site.id] = replace(figures, others=(others or {}).get(site.id, ()))
     points = tuple(replace(p, seconds=p.seconds + rest_s) for p in thinned(frontier))
     return Prediction(sites, rest_s, propagation.variance, propagation.square, points)
+
+
+def _density(chosen: Replacement, table: NoiseTable) -> float | None:
+    if chosen.method.density is None or table.source == prior.SOURCE:
+        return None
+    key = key_of(chosen.site.id, chosen.method.name, chosen.params)
+    return table.entries[key].density if key in table.entries else None
 
 
 def joined(predictions: Sequence[Prediction]) -> Prediction | None:

@@ -122,7 +122,7 @@ def _last_inputs(graph: Graph) -> tuple[Node, Node]:
 
 
 def _compare(graph: Graph, candidate: Replacement, node: Node, seed: Node) -> Node:
-    """Return noise and bias of a candidate, and the square of its product: [3]."""
+    """Return noise and bias of a candidate, the square of its product, and its density: [4]."""
     site, method, params = candidate.site, candidate.method, candidate.params
     exact = _result(node, site)
     operands, _ = operands_of(node)
@@ -141,20 +141,22 @@ def _compare(graph: Graph, candidate: Replacement, node: Node, seed: Node) -> No
     def compare(seed: Tensor, exact: Tensor, *args: Any) -> Tensor:
         exact = _wide(exact)
         square = exact.square().sum()
-        nothing = torch.zeros_like(square)
+        nothing, density = torch.zeros_like(square), torch.ones_like(square)
+        if method.density is not None:
+            density = method.density(site, params, *args[rank:]).to(square.dtype)
         if by_formula:
             assert method.noise is not None
             noise = method.noise(site, params, *map(_wide, args[rank:]))
-            return torch.stack([noise.to(square.dtype), nothing, square])
+            return torch.stack([noise.to(square.dtype), nothing, square, density])
         error = draw(seed, *args) - exact
         if unbiased:
-            return torch.stack([error.square().sum(), nothing, square])
+            return torch.stack([error.square().sum(), nothing, square, density])
         if deterministic:
-            return torch.stack([nothing, error.square().sum(), square])
+            return torch.stack([nothing, error.square().sum(), square, density])
         other = draw((seed + _OTHER_SEED) & _SEED_MASK, *args) - exact
         # Two independent draws: the product of their errors expects the bias, and nothing else.
         noise = (error - other).square().sum() / 2
-        return torch.stack([noise, (error * other).sum(), square])
+        return torch.stack([noise, (error * other).sum(), square, density])
 
     return splice(graph, exact.next, compare, (seed, exact, *sizes, *named), like=exact)
 

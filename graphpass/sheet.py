@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from graphpass.noise import LocalNoise
 from graphpass.site import Site
 
-_NUMBERS_PER_CANDIDATE = 3
+_NUMBERS_PER_CANDIDATE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ class Reading:
     def is_finite(self) -> bool:
         """Whether every number is one; after a loss that is NaN or infinite none is."""
         entries = [
-            value for entry in self.local for value in (entry.noise, entry.bias, entry.square)
+            value
+            for entry in self.local
+            for value in (entry.noise, entry.bias, entry.square, entry.density)
         ]
         return all(map(math.isfinite, [*entries, *self.total.values(), *self.propagated]))
 
@@ -68,7 +70,7 @@ class Sheet:
         return _NUMBERS_PER_CANDIDATE * self.candidates + self.weights + len(self.parameters)
 
     def of_candidate(self, number: int) -> int:
-        """Return the place of a candidate's noise, bias and square."""
+        """Return the place of a candidate's noise, bias, square and density."""
         return 1 + _NUMBERS_PER_CANDIDATE * number
 
     def of_weight(self, number: int) -> int:

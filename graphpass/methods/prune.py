@@ -311,6 +311,7 @@ register(
         lower=lower,
         samples=samples,
         noise=noise,
+        density=lambda site, params, grad, other: density(grad, params),
         ladder=ladder,
         prior=prior,
     )

@@ -111,6 +111,12 @@ def test_every_candidate() -> None:
     # Pruning is unbiased: what it was seen to add is noise.
     noise, bias, _ = found["second:weight", "prune"]
     assert bias == 0 and noise > 0
+    # So is the share of the output gradient that is left; a method without any keeps it whole.
+    densities = {names.candidates[number][:2]: entry.density for number, entry in
+                 zip(sorted(names.candidates), readings[0].local, strict=True)}  # fmt: skip
+    assert 0.05 < densities["second:weight", "prune"] < 0.4
+    assert densities["second:weight", "prune"] == pytest.approx(densities["second:input", "prune"])
+    assert densities["second:weight", "zero"] == 1
     bench.laboratory.running = bench.laboratory.numbers(SPECS[:1], PATHS[1:2])
     errors = [squared(bench.step()[4], exact[4]) for _ in range(draws)]
     assert noise == pytest.approx(sum(errors) / draws, rel=0.4)
