@@ -2,9 +2,10 @@
 
 The gradient is pruned once, into scratch memory with channels last and the border that the product
 needs; tensor cores then multiply what is left as if it were dense. Pruning in the loads would save
-that copy, and draw every number once a tap and a tile again. No tile is skipped, as none is empty:
-with a quarter of the blocks left, of 16 channels each, 64 pixels by 64 channels hold 256 of them. A
-draw for a whole tile would be sampling of pixels by their norm, which adds the more noise.
+that copy, and draw every number once a tap and a tile again. No tile is skipped: with a quarter of
+the blocks left here and there, of 16 channels each, 64 pixels by 64 channels hold 256 of them, and
+are next to never all zero. A draw for a whole tile would be sampling of pixels by their norm, which
+adds the more noise.
 """
 
 import math
