@@ -75,22 +75,31 @@ def launches(name: str, program: Program, dtypes: Sequence[torch.dtype]) -> list
 def compile_for(launch: Launch, target: Any) -> Any:
     """Return a launch's kernel compiled for a `triton.backends.compiler.GPUTarget`.
 
-    Pointers are taken to be multiples of 16 bytes, as those of torch's tensors are.
+    Pointers are taken to be multiples of 16 bytes, as those of torch's tensors are. What spills is
+    compiled again as `build.Launcher` would.
     """
+    options = build.fitted(launch.options, target.warp_size)
+    compiled = _compiled(launch, options, target)
+    if usage(compiled)[1] and (more := build.roomy(options, target.warp_size)) is not None:
+        return _compiled(launch, more, target)
+    return compiled
+
+
+def _compiled(launch: Launch, options: dict[str, Any], target: Any) -> Any:
     import triton
     from triton.compiler import ASTSource
 
-    options = build.fitted(launch.options, target.warp_size)
     names = launch.kernel.arg_names
     tensors, constants = names[: len(launch.dtypes)], names[len(launch.dtypes) :]
     signature = {name: _POINTERS[dtype] for name, dtype in zip(tensors, launch.dtypes, strict=True)}
     source = ASTSource(
         fn=launch.kernel,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
-        constexprs={(names.index(name),): options.pop(name) for name in constants},
+        constexprs={(names.index(name),): options[name] for name in constants},
         attrs={(number,): [["tt.divisibility", 16]] for number in range(len(tensors))},
     )
-    return triton.compile(source, target=target, options=options)
+    rest = {name: value for name, value in options.items() if name not in constants}
+    return triton.compile(source, target=target, options=rest)
 
 
 def usage(compiled: Any) -> tuple[int, int]:
@@ -148,5 +157,7 @@ def warm(name: str, program: Program, dtypes: Sequence[torch.dtype], arch: int) 
     noted = launches(name, program, dtypes)
     for launch in noted:
         tensors = [MockTensor(dtype) for dtype in launch.dtypes]
-        launch.kernel.warmup(*tensors, grid=launch.grid, **launch.options)
+        compiled = launch.kernel.warmup(*tensors, grid=launch.grid, **launch.options)
+        if usage(compiled)[1] and (more := build.roomy(launch.options, 32)) is not None:
+            launch.kernel.warmup(*tensors, grid=launch.grid, **more)
     return len(noted)

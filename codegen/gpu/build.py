@@ -73,12 +73,25 @@ def fitted(options: Mapping[str, Any], lanes: int) -> dict[str, Any]:
     given = dict(options)
     if "num_warps" in given:
         given["num_warps"] = min(given["num_warps"], _MOST_THREADS // lanes)
-    if lanes == _AMD_LANES:
-        # An option of NVIDIA's assembler.
-        given.pop("maxnreg", None)
     return given
 
 
+def roomy(options: Mapping[str, Any], lanes: int) -> dict[str, Any] | None:
+    """Return the options with which a kernel that spilled is compiled again, or None: leave it.
+
+    NVIDIA's assembler spills a few bytes where that makes place for one more program on a
+    multiprocessor, which shared memory often has no place for.
+
+    Args:
+        options: those of `fitted`.
+        lanes: threads of a warp.
+    """
+    # AMD's compiler has no such option; there, threads have 512 registers anyway.
+    return None if lanes == _AMD_LANES else {**options, "maxnreg": _MOST_REGISTERS}
+
+
+# Of a thread, on all of NVIDIA's GPUs.
+_MOST_REGISTERS = 255
 _AMD_LANES = 64
 _LANES = _AMD_LANES if torch.version.hip else 32
 
@@ -108,7 +121,11 @@ class Launcher:
         key = (tensors[0].device, grid, *options.values())
         binary = self.binaries.get(key)
         if binary is None:
-            self.binaries[key] = self.kernel[grid](*tensors, **options)
+            binary = self.kernel[grid](*tensors, **options)
+            if getattr(binary, "n_spills", 0) and (more := roomy(options, _LANES)) is not None:
+                # What a kernel writes it does not read: running it once more changes nothing.
+                binary = self.kernel[grid](*tensors, **more)
+            self.binaries[key] = binary
             return
         constants = (options[name] for name in self.kernel.arg_names[len(tensors) :])
         try:

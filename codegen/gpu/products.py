@@ -198,7 +198,7 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
         lines.append(
             f"product[({programs}, {groups})](\n"
             f"        operand, {filters}, *scales{of_channels}, out, "
-            f"{given}, {_options(tile, problem.dtype)}\n    )"
+            f"{given}, {_options(tile)}\n    )"
         )
     text = (_BYTES if byte else _FLOATS) + form.text + gpu.added(problem.dtype) + _TEXT
     scales = ", first_scale, second_scale" if byte else ""
@@ -224,11 +224,9 @@ def _cut(
     return {"BM": tile.high, "BN": tile.wide, "BK": deep}
 
 
-def _options(tile: dict[str, int], dtype: torch.dtype) -> str:
+def _options(tile: dict[str, int]) -> str:
     large = tile["BM"] * tile["BN"] >= 128 * 128
-    options = f"num_warps={8 if large else 4}, num_stages={4 if tile['BM'] < 128 else 3}"
-    # Left alone, the assembler for an A100 spills a few bytes, for two programs a multiprocessor.
-    return options + ", maxnreg=255" if large and dtype is torch.float32 else options
+    return f"num_warps={8 if large else 4}, num_stages={4 if tile['BM'] < 128 else 3}"
 
 
 def _phases(problem: Product, size: list[int]) -> list[dict[str, int]]:

@@ -120,6 +120,14 @@ def _masked() -> tuple[Any, ...]:
     return image, image, torch.empty(()), [3, 3], *_AXES, 1
 
 
+def _masked_filters() -> tuple[Any, ...]:
+    """What the assembler for an A100 spills unless it may take all registers."""
+    size = [128, 64, 8, 8]
+    image = torch.empty(size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return image, weight, torch.empty(()), size, *_AXES, 1, False
+
+
 def _pruned() -> tuple[Any, ...]:
     """In float32, which is multiplied as tf32 and takes registers for it."""
     grad = torch.empty(32, 128, 32, 32, memory_format=torch.channels_last)
@@ -132,6 +140,7 @@ def _pruned() -> tuple[Any, ...]:
 PRODUCTS = {
     "int8_dgrad": (lambda: _bytes("input"), ("s32.s8.s8", "mfma_i32")),
     "int8_wgrad": (lambda: _bytes("weight"), ("s32.s8.s8", "mfma_i32")),
+    "masked_product": (_masked_filters, ("f32.bf16.bf16", "mfma_f32")),
     "masked_wgrad": (_masked, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_channels": (_listed, ("f32.bf16.bf16", "mfma_f32")),
     "sampled_wgrad": (_rows, ("f32.bf16.bf16", "mfma_f32")),
@@ -322,19 +331,28 @@ def test_every_program_that_a_graph_needs_is_announced(monkeypatch: pytest.Monke
     ]
 
 
+class _Binary(dict[Any, Any]):
+    """Stands in for a compiled kernel: what launches it, by grid."""
+
+    n_spills = 0
+
+
 class _Kernel:
     """Stands in for a jitted function: notes what is launched, and how."""
 
     arg_names = ("x", "out", "WIDTH")
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
+    def __init__(self, call: Callable[..., None] | None = None, spills: int = 0) -> None:
         self.noted: list[tuple[Any, ...]] = []
         self.call = call
+        self.spills = spills
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def compile_and_launch(*tensors: Tensor, **options: Any) -> Any:
             self.noted.append(("compiled", grid, options))
-            return {grid: self.call or self.launch}
+            binary = _Binary({grid: self.call or self.launch})
+            binary.n_spills = 0 if "maxnreg" in options else self.spills
+            return binary
 
         return compile_and_launch
 
@@ -353,6 +371,16 @@ def test_a_kernel_is_launched_directly_once_it_is_compiled() -> None:
     _launch_twice(kernel, torch.zeros(64))
     compiled = ("compiled", (4, 1, 1), {"num_warps": 8, "WIDTH": 3})
     assert kernel.noted == [compiled, ("launched", (3,))]
+
+
+def test_a_kernel_that_spills_is_compiled_again_with_all_registers() -> None:
+    kernel = _Kernel(spills=2)
+    _launch_twice(kernel, torch.zeros(64))
+    given = {"num_warps": 8, "WIDTH": 3}
+    first, again, launched = kernel.noted
+    assert first == ("compiled", (4, 1, 1), given)
+    assert again == ("compiled", (4, 1, 1), {**given, "maxnreg": 255})
+    assert launched == ("launched", (3,))
 
 
 def test_other_pointers_than_it_was_compiled_for_are_left_to_triton() -> None:
