@@ -30,7 +30,7 @@ import graphpass
 from benchmarks import layer
 from benchmarks.layer import BATCH, DTYPES, GA, Run, Shape
 from benchmarks.timing import interleave, ratio, write_results
-from codegen.kernel import call, kernels
+from codegen.kernel import kernels, unavailable
 from cost_model import counted_once, element_count, total
 from graphpass.method import Method
 from graphpass.site import Gradient, Site
@@ -162,8 +162,13 @@ def _sampled(operands: dict[str, Tensor], keep: float) -> Run:
     weight = torch.full((len(index),), 1 / keep)
     center, sums = torch.rand(x.shape[1]), torch.rand(grad.shape[1], 3, 3)
     window = [3, 3], [1, 1], [1, 1], [1, 1]
-    kernel = kernels()["sampled_wgrad"]
-    return lambda: call(kernel, grad, x, index, weight, center, sums, *window, 1, True)
+    kernel, given = (
+        kernels()["sampled_wgrad"],
+        (grad, x, index, weight, center, sums, *window, 1, True),
+    )
+    # As in a compiled step: what runs was decided as it was traced.
+    assert unavailable(kernel, *given) is None
+    return lambda: kernel.op(*given)
 
 
 def _sampled_work(site: Site, keep: float) -> tuple[int, int, int]:

@@ -151,10 +151,11 @@ def emit_cpp(
     pairs = fast or grad.dtype is torch.bfloat16
     tile = patch_tiles.tile(kernel, x.shape[1] // groups, out_channels // groups, pairs)
     rows = index.shape[0]
-    # Rows are divided among tasks as long as their partial sums are small.
+    # Rows are divided among tasks as long as their partial sums are small: into a power of two, as
+    # blocks and threads are, or some threads would have a block more than others.
     partial = groups * tile["PANELS"] * tile["TILES"] * tile["TILE"] * 4
     blocks = max(1, -(-rows // tile["BLOCK"]))
-    splits = max(1, min(_TASKS, _PARTIAL_BYTES // partial, blocks))
+    splits = _power_below(max(1, min(_TASKS, _PARTIAL_BYTES // partial, blocks)))
     slabs = max(1, min(_TASKS // splits, tile["PANELS"]))
     # The vector path reads 16 neighbouring channels at once: other layouts are copied first, and
     # the gradient where every range of columns would read it again.
@@ -200,6 +201,11 @@ def emit_cpp(
     return Source(
         cpp.source(constants, channels_last.TEXT + patch_tiles.TEXT + body), scratch_bytes=scratch
     )
+
+
+def _power_below(count: int) -> int:
+    """Return the largest power of two that is not more."""
+    return 1 << (count.bit_length() - 1)
 
 
 def _index_type(index: Tensor) -> str:
