@@ -223,7 +223,7 @@ def _is_clean(row: Record) -> bool:
 
 def summary_of(rows: Sequence[Record]) -> Iterator[str]:
     """Yield a table: by target and kernel, how many, and the worst of each figure."""
-    head = f"{'target':8}{'primitive':16}{'kernel':14}{'count':>6}{'failed':>7}{'registers':>10}"
+    head = f"{'target':8}{'primitive':17}{'kernel':14}{'count':>6}{'failed':>7}{'registers':>10}"
     yield f"{head}{'spilled B':>10}{'shared B':>10}  matrix instruction"
     for machine, name, kernel in sorted({(r["target"], r["primitive"], r["kernel"]) for r in rows}):
         group = [
@@ -238,7 +238,7 @@ def summary_of(rows: Sequence[Record]) -> Iterator[str]:
         used = sorted({key for row in good for key in row["matrix_instructions"]})
         figures = "".join(f"{figure:>10}" for figure in most)
         failed = len(group) - len(good)
-        yield f"{machine:8}{name:16}{kernel:14}{len(group):>6}{failed:>7}{figures}  " + " ".join(
+        yield f"{machine:8}{name:17}{kernel:14}{len(group):>6}{failed:>7}{figures}  " + " ".join(
             used[:2]
         )
 
