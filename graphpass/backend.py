@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from graphpass import capture, fingerprint, memory
-from graphpass.callers import Caller, Callers, first_parameter
+from graphpass.callers import Caller, Callers, device_of, first_parameter
 from graphpass.capture import Analysis
 from graphpass.dispatcher import Dispatcher
 from graphpass.errors import ConfigError
@@ -131,13 +131,12 @@ def _compile_training(
     if not callers.first.plan.approximated:
         # In Inductor's own way, on Dynamo's own graph: nothing of ours is in it.
         variants.adopt_exact(compile_fx(gm, inputs, config_patches=patches or None))
-    first = first_parameter(inputs)
     dispatcher = Dispatcher(
         variants,
         callers.choose,
         callers.remember,
         callers.failed,
-        device=inputs[first].device if first is not None else torch.device("cpu"),
+        device=device_of(inputs),
         limit=options.max_variants,
         frozen=bool(analysis.hints) or any(isinstance(x, torch.SymInt) for x in inputs),
         strict=options.strict,

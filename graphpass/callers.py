@@ -10,7 +10,7 @@ exactly), in what steers a plan, or in compiling what a plan asks for.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from graphpass.options import Options
 from graphpass.owner import Owner, compiled_model, parameter_path
 from graphpass.plan import Plan
 from graphpass.planner import all_exact, make_plan, replacements
+from graphpass.products import Replacement
 from graphpass.recompute import Recomputation
 from graphpass.report import TrainingGraph, forget, record
 from graphpass.rescue import rescued
@@ -43,6 +44,8 @@ class Caller:
         session: the model's session.
         plan: what is planned for this part.
         layers: number of the layer of each planned site, by its position among the replacements.
+        planned: what is planned, by that position, with the sites as they are called here.
+        kept: what methods keep from step to step, by what is approximated in a step.
         analysis: what the graph holds, by the names of this part.
         graph: what reports say of this part; None where they say it of another model.
         controller: what keeps the plan within its budget; None where the plan stays as it is.
@@ -52,8 +55,10 @@ class Caller:
     identity: str
     session: Session
     plan: Plan
-    layers: dict[int, int]
     analysis: Analysis
+    layers: dict[int, int] = field(default_factory=dict)
+    planned: dict[int, Replacement] = field(default_factory=dict)
+    kept: dict[Active, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     graph: TrainingGraph | None = None
     controller: Controller | None = None
 
@@ -68,6 +73,13 @@ class Caller:
             return EXACT
         selects = self.plan.schedule.selects
         return frozenset(i for i, layer in self.layers.items() if selects(layer, step))
+
+    def kept_for(self, active: Active) -> tuple[torch.Tensor, ...]:
+        """Return what the methods of these sites keep from step to step."""
+        if active not in self.kept:
+            planned = [self.planned[number] for number in sorted(active)]
+            self.kept[active] = self.session.kept(self.identity).of(planned)
+        return self.kept[active]
 
 
 class Callers:
@@ -101,6 +113,7 @@ class Callers:
         self._variants = variants
         self._graphs: list[TrainingGraph] = []
         self._parameter = first_parameter(inputs)
+        self._device = device_of(inputs)
         self._known: dict[int, tuple[weakref.ref[Any], Caller]] = {}
         self._recomputation = Recomputation()
         weights = tuple(site for site in analysis.sites if site.gradient is Gradient.WEIGHT)
@@ -157,7 +170,8 @@ class Callers:
         if caller.session.is_exact:
             return Choice(EXACT, turn.seed)
         if caller.controller is None:
-            return Choice(caller.at_step(turn.step), turn.seed)
+            active = caller.at_step(turn.step)
+            return Choice(active, turn.seed, step=turn.step, kept=caller.kept_for(active))
         trained = {position: args[position] for position in self._variants.subject.parameters}
         device = args[self._variants.subject.parameters[0]].device
         key, page = caller.controller.turn(turn.step, trained, device)
@@ -198,7 +212,7 @@ class Callers:
         warn_once(why)
         session, identity = session_of(owner.the_model()), owner.identity(analysis.sites)
         session.add_unmeasured(identity, why)
-        return Caller(owner, identity, session, Plan(()), {}, analysis)
+        return Caller(owner, identity, session, Plan(()), analysis)
 
     def _plan_for(self, owner: Owner, analysis: Analysis, inputs: Sequence[Any]) -> Caller:
         session = session_of(owner.the_model())
@@ -207,8 +221,8 @@ class Callers:
         modules = owner.product_modules()
         options = replace(self._options, budget=session.budget(self._options.budget))
         plan = make_plan(analysis, options, offset, modules)
-        caller = Caller(owner, identity, session, plan, self._layers(plan, analysis), analysis)
-        session.add_plan(identity, plan)
+        caller = Caller(owner, identity, session, plan, analysis)
+        self._put(caller, plan)
         own = analysis is self._analysis
         if not own or not self._graphs:
             caller.graph = record(analysis, plan, self._key if own else "", self._variants.log)
@@ -217,19 +231,22 @@ class Callers:
         self._steer(caller, Part(analysis, self._options, offset, modules, session, names))
         return caller
 
-    def _layers(self, plan: Plan, analysis: Analysis) -> dict[int, int]:
-        planned = replacements(plan, analysis.sites)
-        return {
-            # The graph knows its sites by their nodes: what they are called elsewhere is no matter.
-            self._variants.position(replacement): decision.layer
-            for replacement, decision in zip(planned, plan.approximated, strict=True)
-        }
+    def _put(self, caller: Caller, plan: Plan) -> None:
+        """Let a caller have a plan, and its session room for what the plan's methods keep."""
+        planned = replacements(plan, caller.analysis.sites)
+        # The graph knows its sites by their nodes: what they are called elsewhere is no matter.
+        numbers = list(map(self._variants.position, planned))
+        layers = (decision.layer for decision in plan.approximated)
+        caller.plan, caller.layers = plan, dict(zip(numbers, layers, strict=True))
+        caller.planned = dict(zip(numbers, planned, strict=True))
+        caller.kept.clear()
+        caller.session.kept(caller.identity).adopt(planned, self._device)
+        caller.session.add_plan(caller.identity, plan)
 
     def _adopt(self, caller: Caller, plan: Plan) -> None:
         """Put another plan in a caller's place."""
-        before, caller.layers = caller.layers, self._layers(plan, caller.analysis)
-        caller.plan = plan
-        caller.session.add_plan(caller.identity, plan)
+        before = caller.layers
+        self._put(caller, plan)
         if caller.graph is not None:
             caller.graph.plan = plan
         if caller.layers == before:
@@ -281,6 +298,12 @@ def first_parameter(inputs: Sequence[Any]) -> int | None:
     """Return the position of the first parameter among a graph's inputs; None without one."""
     positions = (i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
     return next(positions, None)
+
+
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """Return the device of the first parameter among a graph's inputs; the CPU without one."""
+    first = first_parameter(inputs)
+    return torch.device("cpu") if first is None else inputs[first].device
 
 
 def parameter_names(

@@ -63,7 +63,7 @@ class Menu:
 
 
 def ladder(site: Site, names: Collection[str] | None = None) -> tuple[Offer, ...]:
-    """Return every method and parameters worth considering for a site.
+    """Return every method and parameters worth considering for a site; none that keeps state.
 
     Args:
         site: the site.
@@ -73,7 +73,8 @@ def ladder(site: Site, names: Collection[str] | None = None) -> tuple[Offer, ...
     for name, method in methods().items():
         if site.gradient in method.gradients and (names is None or name in names):
             rungs = (method.params(),) if method.ladder is None else method.ladder(site)
-            offers += [(method, params) for params in dict.fromkeys(rungs)]
+            # What a method that keeps something adds cannot be told from a single step.
+            offers += [(method, p) for p in dict.fromkeys(rungs) if not method.state(site, p)]
     return tuple(offers)
 
 

@@ -22,11 +22,15 @@ class Choice(NamedTuple):
         key: the sites that are approximated, or a probe.
         seed: seed of the draws.
         notes: where a probe leaves its numbers.
+        step: the step that the call belongs to.
+        kept: what the methods of the variant keep from step to step.
     """
 
     key: Key
     seed: int
     notes: torch.Tensor | None = None
+    step: int = 0
+    kept: tuple[torch.Tensor, ...] = ()
 
 
 class Dispatcher:
@@ -76,7 +80,7 @@ class Dispatcher:
         """Run one call of the graph."""
         if self._first_on_fakes:
             return self._run_all_on_fakes(args)
-        key, seed, page = self._choose(args)
+        key, seed, page, step, kept = self._choose(args)
         if not key:
             return self._get(EXACT, args)(*args)
         variant = self._get(key, args)
@@ -84,6 +88,8 @@ class Dispatcher:
             return variant(*args)
         if page is not None:
             return variant(*args, self.seed_tensor(seed), page)
+        if kept:
+            return variant(*args, *kept, self.seed_tensor(step), self.seed_tensor(seed))
         return variant(*args, self.seed_tensor(seed))
 
     def compile(self, key: Key, inputs: Sequence[Any]) -> Compiled:
@@ -160,11 +166,13 @@ class Dispatcher:
         self._first_on_fakes = False
         context = self.variants.context
         assert context is not None and context.fake_mode is not None
-        with context.fake_mode:
-            seed = self.seed_tensor(0)
-        results = [
-            variant(*args, seed) if active else variant(*args)
-            for active, variant in self.variants.compiled.items()
-            if not isinstance(active, Probe)
-        ]
+        results = []
+        for active, variant in self.variants.compiled.items():
+            if isinstance(active, Probe):
+                continue
+            with context.fake_mode:
+                kept = self.variants.fresh_state(active, self._device)
+                count = (2 if kept else 1) if active else 0
+                added = [*kept, *(self.seed_tensor(0) for _ in range(count))]
+            results.append(variant(*args, *added))
         return results[0]

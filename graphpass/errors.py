@@ -41,6 +41,7 @@ class Reason(StrEnum):
     UNSUPPORTED_SHAPE = "the method has no form for this shape"
     NO_HARDWARE = "the device has no such arithmetic"
     NOT_CHEAPER = "the method would do no less work than the exact product"
+    NO_FEEDBACK = "only weight gradients have error feedback"
     NEVER_SCHEDULED = "the schedule never selects this layer"
     GIVEN_PLAN = "the plan was given, and is not changed"
     DYNAMIC_SIZES = "sizes are dynamic: nothing can be compiled once training runs"

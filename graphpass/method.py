@@ -17,6 +17,7 @@ from torch import Tensor
 from cost_model import KernelCost
 from graphpass.errors import ConfigError, Rejected
 from graphpass.site import Gradient, Site
+from graphpass.state import Slot, no_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ class Method:
         prior: (site, params) -> what it is expected to add; None, or None returned, where nothing
             is known, and then the planner chooses it only once its noise was measured.
         kernels: names of the kernels that compute it on a GPU, where a CPU has the vendor's.
+        state: (site, params) -> what is kept of the site from step to step; `reference` and `lower`
+            get a `State` as `state=` where that is anything.
     """
 
     name: str
@@ -108,6 +111,7 @@ class Method:
     ladder: Callable[[Site], tuple[Any, ...]] | None = None
     prior: Callable[[Site, Any], Prior | None] | None = None
     kernels: tuple[str, ...] = ()
+    state: Callable[[Site, Any], tuple[Slot, ...]] = no_state
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

@@ -1,6 +1,6 @@
 """One product of a joint graph: its operands, and how to compute it in another way beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from graphpass.joint_graph import aten
 from graphpass.method import Method, salt_of
 from graphpass.site import FACTORS, Gradient, Site
 from graphpass.splice import size_nodes, splice
+from graphpass.state import State, with_state
 
 # By the names that methods have for them.
 Operands = dict[str, Any]
@@ -26,6 +27,19 @@ class Replacement:
     site: Site
     method: Method
     params: Any
+
+
+@dataclass(frozen=True, slots=True)
+class KeptNodes:
+    """The inputs of a graph that hold the state of one site.
+
+    Attributes:
+        step: int64 0-d node.
+        slots: the tensors by the names of their slots.
+    """
+
+    step: Node
+    slots: Mapping[str, Node]
 
 
 def exact_part(graph: Graph, anchor: Node, like: Node, operands: Operands) -> Node:
@@ -83,6 +97,7 @@ def approximate(
     seed: Node,
     like: Node,
     addend: "Addend | None" = None,
+    kept: KeptNodes | None = None,
 ) -> Node:
     """Return the approximate product.
 
@@ -94,6 +109,7 @@ def approximate(
         seed: int64 0-d node that the draws are hashed from.
         like: the exact product in the graph.
         addend: what is added to the product.
+        kept: the state of the site, if the method keeps any.
     """
     site, method, params = replacement.site, replacement.method, replacement.params
     value = joint_graph.value_of(like)
@@ -101,9 +117,20 @@ def approximate(
     sizes = result_sizes(graph, anchor, site, operands)
     rank, salt = len(sizes), salt_of(site)
 
+    named = named_operands(graph, replacement, operands)
+    slots = {} if kept is None else dict(kept.slots)
+    end = rank + len(named)
+
     def lowered(seed: Tensor, *args: Any) -> Tensor:
         template = torch.empty((), dtype=dtype, device=device).expand(args[:rank])
-        result: Tensor = method.lower(site, params, template, seed, salt, *args[rank:])
+        values = args[rank:end]
+        state = None
+        if slots:
+            step, *tensors = args[end:]
+            after = values[0] if values else step
+            state = State(step, dict(zip(slots, tensors, strict=True)), after)
+        lower = with_state(method.lower, state)
+        result = lower(site, params, template, seed, salt, *values)
         if result.shape != template.shape or result.dtype != dtype:
             raise RewriteError(
                 f"the method returned {result.dtype} {list(result.shape)} instead of {dtype} "
@@ -115,7 +142,7 @@ def approximate(
         assert addend is not None
         return addend.add(lowered(seed, *args), extra)
 
-    args = (*sizes, *named_operands(graph, replacement, operands))
+    args = (*sizes, *named, *([] if kept is None else [kept.step, *slots.values()]))
     layout = _layout(value)
     if addend is not None:
         inputs = (seed, addend.node, *args)

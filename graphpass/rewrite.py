@@ -12,8 +12,9 @@ from torch.fx import Graph, Node
 from graphpass import joint_graph, verify
 from graphpass.errors import RewriteError
 from graphpass.joint_graph import aten
+from graphpass.keeping import key_of, slots_of
 from graphpass.masks import settle_masks
-from graphpass.products import Replacement, approximate, exact_part, operands_of
+from graphpass.products import KeptNodes, Replacement, approximate, exact_part, operands_of
 
 __all__ = ["Replacement", "rewrite", "seed_placeholder"]
 
@@ -32,12 +33,13 @@ def rewrite(graph: Graph, replacements: Sequence[Replacement], seed: Node) -> No
     """
     before = verify.interface(graph)
     nodes = {node.name: node for node in graph.nodes}
+    inputs = _Inputs(graph, replacements, seed)
     fired = 0
     for name, group in _by_node(replacements).items():
         if name not in nodes:
             raise RewriteError(f"the graph has no node {name!r} for {group[0].site.id}")
         try:
-            fired += _rewrite_node(graph, nodes[name], group, seed)
+            fired += _rewrite_node(graph, nodes[name], group, inputs)
         except Exception as error:
             what = ", ".join(f"{r.site.id} by {r.method.name} {r.params}" for r in group)
             raise RewriteError(
@@ -50,13 +52,35 @@ def rewrite(graph: Graph, replacements: Sequence[Replacement], seed: Node) -> No
 
 def seed_placeholder(graph: Graph) -> Node:
     """Return the placeholder of the seed: the last input that is not a tangent."""
-    inputs = [
-        node for node in graph.find_nodes(op="placeholder") if "tangents" not in str(node.target)
-    ]
-    seed: Node = inputs[-1]
+    seed = _inputs_of(graph)[-1]
     value = joint_graph.value_of(seed)
     assert value.dtype == torch.int64 and value.dim() == 0, seed.format_node()
     return seed
+
+
+class _Inputs:
+    """What is added to the inputs of a graph: state of methods, step, seed, in this order."""
+
+    def __init__(self, graph: Graph, replacements: Sequence[Replacement], seed: Node) -> None:
+        self.seed = seed
+        keys = list(slots_of(replacements))
+        *before, self._step, _ = _inputs_of(graph) if keys else (seed, seed)
+        self._kept = dict(zip(keys, before[len(before) - len(keys) :], strict=True))
+
+    def kept_of(self, replacement: Replacement) -> KeptNodes | None:
+        """Return the state of a site, or None if its method keeps nothing."""
+        slots = replacement.method.state(replacement.site, replacement.params)
+        if not slots:
+            return None
+        nodes = {slot.name: self._kept[key_of(replacement, slot)] for slot in slots}
+        return KeptNodes(self._step, nodes)
+
+
+def _inputs_of(graph: Graph) -> list[Node]:
+    """Return the placeholders of a joint graph that are no tangents."""
+    return [
+        node for node in graph.find_nodes(op="placeholder") if "tangents" not in str(node.target)
+    ]
 
 
 def _by_node(replacements: Sequence[Replacement]) -> dict[str, list[Replacement]]:
@@ -66,17 +90,20 @@ def _by_node(replacements: Sequence[Replacement]) -> dict[str, list[Replacement]
     return groups
 
 
-def _rewrite_node(graph: Graph, node: Node, group: list[Replacement], seed: Node) -> int:
+def _rewrite_node(graph: Graph, node: Node, group: list[Replacement], inputs: _Inputs) -> int:
     if node.target is aten.convolution_backward.default:
-        return _rewrite_convolution(graph, node, group, seed)
+        return _rewrite_convolution(graph, node, group, inputs)
     (replacement,) = group
     operands, addend = operands_of(node)
-    new = approximate(graph, node, replacement, operands, seed, like=node, addend=addend)
+    kept = inputs.kept_of(replacement)
+    new = approximate(graph, node, replacement, operands, inputs.seed, node, addend, kept)
     _replace(graph, node, new)
     return 1
 
 
-def _rewrite_convolution(graph: Graph, node: Node, group: list[Replacement], seed: Node) -> int:
+def _rewrite_convolution(
+    graph: Graph, node: Node, group: list[Replacement], inputs: _Inputs
+) -> int:
     """Take a `convolution_backward` apart and approximate the planned products of it."""
     operands, _ = operands_of(node)
     planned = {replacement.site.result: replacement for replacement in group}
@@ -85,7 +112,8 @@ def _rewrite_convolution(graph: Graph, node: Node, group: list[Replacement], see
         index = user.args[1]
         replacement = planned.get(index)  # type: ignore[arg-type]
         if replacement is not None:
-            new = approximate(graph, node, replacement, operands, seed, like=user)
+            kept = inputs.kept_of(replacement)
+            new = approximate(graph, node, replacement, operands, inputs.seed, user, kept=kept)
             fired += 1
         else:
             new = exact_part(graph, node, user, operands)

@@ -16,6 +16,7 @@ from torch import nn
 from codegen import draws
 from graphpass.budget import Budget, check_budget
 from graphpass.errors import ConfigError
+from graphpass.keeping import Kept
 from graphpass.measuring import Measured, joined
 from graphpass.plan import Plan
 
@@ -69,6 +70,9 @@ class Session:
         self._controllers: dict[str, Steered] = {}
         self._unmeasured: dict[str, str] = {}
         self._resumed_controllers: list[Mapping[str, Any]] = []
+        # What methods keep, by caller, in the order they were compiled.
+        self._kept: dict[str, Kept] = {}
+        self._resumed_kept: list[Mapping[str, torch.Tensor]] = []
         self._budget: Budget | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._highest_rate = 0.0
@@ -158,7 +162,10 @@ class Session:
             self._exact_depth -= 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later run needs to go on bit for bit; plain numbers and lists."""
+        """Return what a later run needs to go on bit for bit.
+
+        Plain numbers, lists and mappings, and tensors where methods keep some from step to step.
+        """
         within_step = not self._counts_forwards
         calls = [self._calls.get(caller, 0) for caller in self._callers] if within_step else []
         return {
@@ -168,6 +175,7 @@ class Session:
             "calls": calls,
             "controllers": [c.state_dict() for c in self._controllers.values()],
             "highest_rate": self._highest_rate,
+            "kept": [kept.state_dict() for kept in self._kept.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,7 +185,8 @@ class Session:
             ConfigError: if `state` is not what `state_dict` returned.
         """
         expected = {"version", "step", "counts_forwards", "calls"}
-        if not isinstance(state, dict) or not expected <= set(state) or not _counts(state["calls"]):
+        fits = isinstance(state, dict) and expected <= set(state) and _counts(state["calls"])
+        if not fits or not _are_mappings(state.get("kept", [])):
             raise ConfigError(
                 f"this is no state of a graphpass session: {state!r}; give what "
                 "Session.state_dict() returned"
@@ -198,6 +207,9 @@ class Session:
             self._controllers.values(), self._resumed_controllers, strict=False
         ):
             controller.load_state_dict(saved)
+        self._resumed_kept = list(state.get("kept", []))
+        for number, kept in enumerate(self._kept.values()):
+            kept.load_state_dict(self._saved_of(number))
         self._resumed_calls = calls
         for caller, count in zip(self._callers, calls, strict=False):
             self._calls[caller] = count
@@ -236,6 +248,15 @@ class Session:
         """Note the plan of a graph; a recompilation of the same code replaces it."""
         self._plans[owner] = plan
 
+    def kept(self, caller: str) -> Kept:
+        """Return what methods keep of a caller."""
+        if caller not in self._kept:
+            self._kept[caller] = Kept(self._saved_of(len(self._kept)))
+        return self._kept[caller]
+
+    def _saved_of(self, number: int) -> Mapping[str, torch.Tensor]:
+        return self._resumed_kept[number] if number < len(self._resumed_kept) else {}
+
     def add_controller(self, caller: str, controller: Steered) -> None:
         """Note what steers a caller, and let it go on from a loaded state.
 
@@ -252,6 +273,10 @@ class Session:
         """Note why nothing is measured of a caller."""
         self._unmeasured[caller] = reason
         self._controllers.pop(caller, None)
+
+
+def _are_mappings(kept: object) -> bool:
+    return isinstance(kept, list) and all(isinstance(one, Mapping) for one in kept)
 
 
 def _counts(calls: object) -> bool:

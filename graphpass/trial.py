@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cost_model import Shape
 from graphpass.method import Method, salt_of
 from graphpass.site import FACTORS, Gradient, Site
+from graphpass.state import State, with_state
 
 aten = torch.ops.aten
 Run = Callable[[], object]
@@ -146,7 +147,10 @@ def _lowered(
     template, seed = template_of(site, device), torch.zeros((), dtype=torch.int64, device=device)
 
     def lowered(seed: Tensor, *values: Tensor) -> tuple[Tensor]:
-        return (method.lower(site, params, template, seed, salt_of(site), *values),)
+        # The step is the first one, whose number is the seed's.
+        slots = method.state(site, params)
+        lower = with_state(method.lower, State.fresh(slots, seed) if slots else None)
+        return (lower(site, params, template, seed, salt_of(site), *values),)
 
     return lowered, seed, values
 

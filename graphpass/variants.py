@@ -19,6 +19,7 @@ import codegen.kernels  # noqa: F401  (graphs that come out of a cache name our 
 from codegen import notes
 from graphpass import fingerprint
 from graphpass.capture import SavedBytes, UserPasses
+from graphpass.keeping import slots_of
 from graphpass.probe import ProbePass
 from graphpass.rescue import or_interpreted
 from graphpass.rewrite import Replacement, rewrite, seed_placeholder
@@ -154,8 +155,15 @@ class Variants:
             return self.compiled[key]
         partitioner = SavedBytes(patches, self.parameters)
         if key:
-            inputs = [*inputs, seed]
-            _add_inputs(gm, approx_seed=seed)
+            kept = self.fresh_state(key, seed.device)
+            added = {f"approx_state_{i}": tensor for i, tensor in enumerate(kept)}
+            if kept:
+                added["approx_step"] = torch.zeros_like(seed)
+                # A recorded graph would copy these inputs, and write into the copies.
+                patches["triton.cudagraphs"] = False
+            added["approx_seed"] = seed
+            inputs = [*inputs, *added.values()]
+            _add_inputs(gm, **added)
             rewriting = RewritePass(self._chosen(key), UserPasses(patches))
             self.log.keys[key] = rewriting.uuid()
             patches |= {
@@ -168,6 +176,10 @@ class Variants:
         if partitioner.count is not None:
             self.log.saved_bytes[key] = partitioner.count
         return self.compiled[key]
+
+    def fresh_state(self, key: Active, device: torch.device) -> list[torch.Tensor]:
+        """Return what the methods of a variant keep, as it is before the first step."""
+        return [slot.fresh(device) for slot in slots_of(self._chosen(key)).values()]
 
     def retire(self, in_use: Collection[Active], limit: int) -> None:
         """Drop what no plan runs any more; what was compiled stays in Inductor's cache.

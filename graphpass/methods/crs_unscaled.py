@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from graphpass.column_row import cost, draw, lower, operands, reference, reject
+from graphpass.feedback import check_feedback, with_feedback
 from graphpass.method import Method, Sample, register
 from graphpass.sampling import Sampling
 from graphpass.site import Gradient
@@ -24,13 +25,28 @@ from graphpass.site import Gradient
 
 @dataclass(frozen=True, slots=True)
 class Params(Sampling):
-    """Parameters of `Sampling`; sampling is "top", "norm" or "uniform"."""
+    """Parameters of `Sampling`; sampling is "top", "norm" or "uniform".
+
+    Attributes:
+        sampling: how terms are chosen.
+        feedback: whether a weight gradient is given later what it was not given (error feedback).
+    """
 
     sampling: str = "top"
+    feedback: bool = False
 
     method: ClassVar[str] = "crs_unscaled"
     legal: ClassVar[tuple[str, ...]] = ("top", "norm", "uniform")
     scaled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        Sampling.__post_init__(self)
+        check_feedback(self.method, self.feedback)
 
 
 def samples() -> tuple[Sample, ...]:
@@ -50,25 +66,28 @@ def samples() -> tuple[Sample, ...]:
             weight,
             Params(axis="channels", again=0.5, narrow=False),
         ),
+        Sample((9, 44), lambda: nn.Linear(44, 6), weight, Params(axis="channels", feedback=True)),
         Sample((9, 10), lambda: nn.Linear(10, 6), forward, Params(), rejected=True),
     )
 
 
 register(
-    Method(
-        name="crs_unscaled",
-        summary="the columns and rows, or channels, of largest norm; a smaller dense product",
-        source="Adelman, Silberstein 2018, deterministic top-k",
-        unbiased=False,
-        gradients=(Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD),
-        params=Params,
-        reject=reject,
-        cost=cost,
-        operands=operands,
-        draw=draw,
-        reference=reference,
-        lower=lower,
-        samples=samples,
-        kernels=("listed_wgrad", "sampled_channels"),
+    with_feedback(
+        Method(
+            name="crs_unscaled",
+            summary="the columns and rows, or channels, of largest norm; a smaller dense product",
+            source="Adelman, Silberstein 2018, deterministic top-k",
+            unbiased=False,
+            gradients=(Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD),
+            params=Params,
+            reject=reject,
+            cost=cost,
+            operands=operands,
+            draw=draw,
+            reference=reference,
+            lower=lower,
+            samples=samples,
+            kernels=("listed_wgrad", "sampled_channels"),
+        )
     )
 )

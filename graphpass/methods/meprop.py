@@ -26,6 +26,7 @@ from torch import Tensor
 from codegen.dense import laid_out
 from cost_model import Cost, KernelCost, Shape, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.feedback import check_feedback, with_feedback
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.pairs import exact, scattered, wide
@@ -39,10 +40,12 @@ class Params:
     Attributes:
         share: part of the values, or of the channels, that is used, in (0, 1].
         unified: whether the same channels are used for the whole batch.
+        feedback: whether a weight gradient is given later what it was not given (error feedback).
     """
 
     share: float = 0.1
     unified: bool = True
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -55,6 +58,7 @@ class Params:
             raise ConfigError(f"method 'meprop': share={self.share!r}; give a number in (0, 1]")
         if not isinstance(self.unified, bool):
             raise ConfigError(f"method 'meprop': unified={self.unified!r}; give True or False")
+        check_feedback("meprop", self.feedback)
 
 
 def reference(
@@ -207,24 +211,30 @@ def samples() -> tuple[Sample, ...]:
         Sample((7, 12), lambda: nn.Linear(12, 10), weight, examples),
         Sample((7, 12), lambda: nn.Linear(12, 10), input_, half),
         Sample((3, 5, 8, 7), lambda: nn.Conv2d(5, 6, 3), input_, examples),
+        Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, 2), weight, Params(0.5, feedback=True)),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3, groups=2), weight, half, rejected=True),
+        Sample(
+            (7, 12), lambda: nn.Linear(12, 10), input_, Params(0.5, feedback=True), rejected=True
+        ),
     )
 
 
 register(
-    Method(
-        name="meprop",
-        summary="the largest output gradients, or their channels of largest norm; others 0",
-        source="Sun et al. 2017",
-        unbiased=False,
-        gradients=(Gradient.WEIGHT, Gradient.INPUT),
-        params=Params,
-        reject=reject,
-        cost=cost,
-        operands=operands,
-        draw=no_draw,
-        reference=reference,
-        lower=lower,
-        samples=samples,
+    with_feedback(
+        Method(
+            name="meprop",
+            summary="the largest output gradients, or their channels of largest norm; others 0",
+            source="Sun et al. 2017",
+            unbiased=False,
+            gradients=(Gradient.WEIGHT, Gradient.INPUT),
+            params=Params,
+            reject=reject,
+            cost=cost,
+            operands=operands,
+            draw=no_draw,
+            reference=reference,
+            lower=lower,
+            samples=samples,
+        )
     )
 )

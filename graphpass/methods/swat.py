@@ -32,6 +32,7 @@ from codegen import magnitude
 from codegen.kernel import call, kernels, unavailable
 from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise, gather, reduce
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.feedback import check_feedback, with_feedback
 from graphpass.kernels_of import mover, product, vendor_kind
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.outer_pairs import OuterChannels, of_columns
@@ -50,11 +51,13 @@ class Params:
         sparsity: share of the weights, activations or channels that is left out, in [0, 1).
         structure: "none", "filter" or "channel".
         threshold_from: number of values that the threshold is taken from; 0 for all.
+        feedback: whether a weight gradient is given later what it was not given (error feedback).
     """
 
     sparsity: float = 0.9
     structure: str = "none"
     threshold_from: int = 65536
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -74,6 +77,7 @@ class Params:
         for name, (good, wanted) in checks.items():
             if not good:
                 raise ConfigError(f"method 'swat': {name}={getattr(self, name)!r}; give {wanted}")
+        check_feedback("swat", self.feedback)
 
 
 def reference(
@@ -314,6 +318,7 @@ def samples() -> tuple[Sample, ...]:
         Sample((3, 8, 5, 6), lambda: nn.Conv2d(8, 6, 3, 2, groups=2), forward, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3, groups=2), forward, filters),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, Params(0.8, threshold_from=100)),
+        Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, Params(0.8, feedback=True)),
         Sample((7, 12), lambda: nn.Linear(12, 5), forward, filters),
         Sample((7, 12), lambda: nn.Linear(12, 5), input_, channel),
         Sample((2, 3, 9, 9), lambda: nn.ConvTranspose2d(3, 5, 3), forward, half, rejected=True),
@@ -321,20 +326,22 @@ def samples() -> tuple[Sample, ...]:
 
 
 register(
-    Method(
-        name="swat",
-        summary="weights (forward, dx) and activations (dw) of largest magnitude, others 0",
-        source="Raihan, Aamodt 2020",
-        unbiased=False,
-        gradients=(Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD),
-        params=Params,
-        reject=reject,
-        cost=cost,
-        operands=operands,
-        draw=no_draw,
-        reference=reference,
-        lower=lower,
-        samples=samples,
-        kernels=("listed_wgrad", "masked_product", "masked_wgrad", "sampled_channels"),
+    with_feedback(
+        Method(
+            name="swat",
+            summary="weights (forward, dx) and activations (dw) of largest magnitude, others 0",
+            source="Raihan, Aamodt 2020",
+            unbiased=False,
+            gradients=(Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD),
+            params=Params,
+            reject=reject,
+            cost=cost,
+            operands=operands,
+            draw=no_draw,
+            reference=reference,
+            lower=lower,
+            samples=samples,
+            kernels=("listed_wgrad", "masked_product", "masked_wgrad", "sampled_channels"),
+        )
     )
 )

@@ -25,6 +25,7 @@ from torch import Tensor
 from codegen.kernel import kernels, unavailable
 from cost_model import Cost, KernelCost, element_count, elementwise
 from graphpass.errors import ConfigError, Reason, Rejected
+from graphpass.feedback import check_feedback, with_feedback
 from graphpass.kernels_of import product
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.site import ConvGeometry, Gradient, Site
@@ -43,11 +44,13 @@ class Params:
             On a 2-core AVX-512 machine the kernel was 3.5 times faster than the vendor library
             with 4 positions, and 3 to 11 times with more; without a compiler, in plain torch, it
             is slower below 64. 1 applies it everywhere.
+        feedback: whether a weight gradient is given later what it was not given (error feedback).
     """
 
     k: int = 1
     scale: float = 1.0
     min_positions: int = 4
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -63,6 +66,7 @@ class Params:
         # Also refuses NaN, and integers larger than every floating-point number.
         if not is_number or not abs(self.scale) <= sys.float_info.max:
             raise ConfigError(f"method 'topk': scale={self.scale!r}; give a finite number")
+        check_feedback("topk", self.feedback)
 
 
 def reference(
@@ -244,6 +248,12 @@ def samples() -> tuple[Sample, ...]:
             exact=True,
         ),
         Sample(
+            (5, 3, 9, 7),
+            lambda: nn.Conv2d(3, 4, 3, padding=1),
+            Gradient.WEIGHT,
+            Params(feedback=True),
+        ),
+        Sample(
             (5, 3, 5, 5), lambda: nn.Conv2d(3, 4, 3), Gradient.WEIGHT, Params(k=3), rejected=True
         ),
         Sample(
@@ -258,19 +268,21 @@ def samples() -> tuple[Sample, ...]:
 
 
 register(
-    Method(
-        name="topk",
-        summary="the k largest output gradients of every map, weighted to keep the map's sum",
-        source="Wang, Nelaturu, Amarasinghe 2019, section 2.3 and Algorithm 1",
-        unbiased=False,
-        gradients=(Gradient.WEIGHT,),
-        params=Params,
-        reject=reject,
-        cost=cost,
-        operands=lambda site, params: ("grad", "input"),
-        draw=no_draw,
-        reference=reference,
-        lower=lower,
-        samples=samples,
+    with_feedback(
+        Method(
+            name="topk",
+            summary="the k largest output gradients of every map, weighted to keep the map's sum",
+            source="Wang, Nelaturu, Amarasinghe 2019, section 2.3 and Algorithm 1",
+            unbiased=False,
+            gradients=(Gradient.WEIGHT,),
+            params=Params,
+            reject=reject,
+            cost=cost,
+            operands=lambda site, params: ("grad", "input"),
+            draw=no_draw,
+            reference=reference,
+            lower=lower,
+            samples=samples,
+        )
     )
 )

@@ -32,6 +32,7 @@ from graphpass.method import Method, Sample, get_method, methods, register, salt
 from graphpass.plan import Plan
 from graphpass.rewrite import Replacement
 from graphpass.site import Gradient, Site
+from graphpass.state import State, with_state
 from tests.compiling import interpreted
 
 SEED = 7
@@ -291,15 +292,38 @@ def _template(site: Site, dtype: torch.dtype) -> Tensor:
     return torch.empty((), dtype=dtype).expand(site.output)
 
 
+def _state(method: Method, sample: Sample, site: Site, step: int = 0) -> State | None:
+    """Return the state of a first call, at a step; None if the method keeps nothing."""
+    slots = method.state(site, sample.params)
+    return State.fresh(slots, torch.tensor(step)) if slots else None
+
+
 def _reference(
-    method: Method, sample: Sample, site: Site, operands: dict[str, Tensor], seed: Tensor
+    method: Method,
+    sample: Sample,
+    site: Site,
+    operands: dict[str, Tensor],
+    step: int,
+    state: State | None = None,
 ) -> Tensor:
-    """Return the method's reference in float64."""
+    """Return the method's reference in float64; of a first call, if no state is given."""
     template = _template(site, torch.float64)
-    draws = method.draw(site, sample.params, template, seed, salt_of(site))
+    draws = method.draw(site, sample.params, template, _seed(step), salt_of(site))
     names = method.operands(site, sample.params)
     given = [operands[name].double() for name in names]
-    return method.reference(site, sample.params, template, draws, *given)
+    reference = with_state(method.reference, state or _state(method, sample, site, step))
+    return reference(site, sample.params, template, draws, *given)
+
+
+def _after(
+    method: Method, sample: Sample, site: Site, operands: dict[str, Tensor], step: int
+) -> Tensor:
+    """Return the reference of a step, after those before it."""
+    state = _state(method, sample, site)
+    for before in range(step):
+        _reference(method, sample, site, operands, before, state)
+        state = state and state.at(torch.tensor(before + 1))
+    return _reference(method, sample, site, operands, step, state)
 
 
 def _check_against_reference(
@@ -312,12 +336,12 @@ def _check_against_reference(
 ) -> None:
     """Compare a product of `operands` with the method's reference, both from the same draws."""
     method, which = get_method(case.method), case.sample.gradient.value
-    expected = _reference(method, case.sample, seen.site, operands, _seed(step))
+    expected = _after(method, case.sample, seen.site, operands, step)
     if with_addend:
         expected = expected + seen.addend
     absolute = {name: value.abs() for name, value in operands.items()}
     magnitude = torch.maximum(
-        _reference(method, case.sample, seen.site, absolute, _seed(step)).abs(),
+        _after(method, case.sample, seen.site, absolute, step).abs(),
         _absolute_products(seen.layer, seen.x, seen.grad)[which],
     )
     length = _length(which, seen.layer, seen.x, seen.grad)
@@ -373,7 +397,7 @@ def test_lowering_run_eagerly_equals_the_reference(case: Case, dtype: torch.dtyp
     )
     site = dataclasses.replace(seen.site, itemsize=dtype.itemsize)
     operands = {name: value.to(dtype) for name, value in seen.operands.items()}
-    result = method.lower(
+    result = with_state(method.lower, _state(method, case.sample, site))(
         site,
         case.sample.params,
         _template(site, dtype),
@@ -414,6 +438,8 @@ def test_draws_differ_from_step_to_step_and_nothing_else_does(case: Case) -> Non
     salt = salt_of(seen.site)
     draws = [method.draw(seen.site, case.sample.params, template, _seed(i), salt) for i in (0, 1)]
     for which in seen.results[0]:
+        if which == case.sample.gradient and method.state(seen.site, case.sample.params):
+            continue
         same = torch.equal(seen.results[0][which], seen.results[1][which])
         drawn = which == case.sample.gradient and draws[0] is not None and not case.sample.exact
         assert same is not drawn, which
@@ -426,8 +452,7 @@ def _drawn(method: Method, sample: Sample, site: Site, operands: dict[str, Tenso
     template = _template(site, torch.float64)
     random = method.draw(site, sample.params, template, _seed(0), salt_of(site)) is not None
     return [
-        _reference(method, sample, site, operands, _seed(step))
-        for step in range(DRAWS if random else 1)
+        _reference(method, sample, site, operands, step) for step in range(DRAWS if random else 1)
     ]
 
 

@@ -1,0 +1,82 @@
+"""Where the state of methods lives between steps: tensors of a session, by site and method.
+
+State belongs to a site, a method and its parameters. It starts anew where one of them changes, and
+is dropped where a product becomes exact for good, or is computed by another method: what was kept
+for one approximation means nothing to another. Steps that a schedule leaves out do not touch it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphpass.errors import ConfigError
+from graphpass.products import Replacement
+from graphpass.state import Slot
+
+
+def slots_of(replacements: Iterable[Replacement]) -> dict[str, Slot]:
+    """Return the slots of some products by their keys, in order."""
+    return {
+        key_of(replacement, slot): slot
+        for replacement in replacements
+        for slot in replacement.method.state(replacement.site, replacement.params)
+    }
+
+
+def key_of(replacement: Replacement, slot: Slot) -> str:
+    """Return what names a tensor in a session, for people too."""
+    params = json.dumps(asdict(replacement.params), sort_keys=True)
+    return f"{replacement.site.id} {replacement.method.name} {params} {slot.name}"
+
+
+class Kept:
+    """The tensors of one part of a model."""
+
+    def __init__(self, saved: Mapping[str, Tensor]) -> None:
+        """Keep nothing yet.
+
+        Args:
+            saved: what another run kept; used once there is a place for it.
+        """
+        self._slots: dict[str, Slot] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._saved = saved
+
+    def adopt(self, replacements: Iterable[Replacement], device: torch.device) -> None:
+        """Make room for the state of what is planned now; drop the rest."""
+        before, self._slots = self._slots, slots_of(replacements)
+        self._tensors = {
+            key: self._tensors[key] if before.get(key) == slot else slot.fresh(device)
+            for key, slot in self._slots.items()
+        }
+        if self._saved:
+            self.load_state_dict(self._saved)
+
+    def of(self, replacements: Iterable[Replacement]) -> tuple[Tensor, ...]:
+        """Return the tensors of some products, in the order of `slots_of`."""
+        return tuple(self._tensors[key] for key in slots_of(replacements))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of all tensors."""
+        return {key: tensor.clone() for key, tensor in self._tensors.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what was saved; what it does not have starts anew.
+
+        Raises:
+            ConfigError: if a tensor has another shape.
+        """
+        self._saved = {}
+        for key, slot in self._slots.items():
+            value: Any = saved.get(key, slot.initial)
+            if isinstance(value, Tensor) and tuple(value.shape) != slot.shape:
+                raise ConfigError(
+                    f"the session state has {key} of shape {list(value.shape)}, this model keeps "
+                    f"{list(slot.shape)}; load what was saved for the same model and options"
+                )
+            tensor = self._tensors[key]
+            tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
