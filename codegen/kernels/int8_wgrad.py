@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen import cpp, int8, int8_wgrad_amx, int8_wgrad_vnni
+from codegen import cpp, int8, int8_panels, int8_wgrad_amx, int8_wgrad_vnni
 from codegen.gpu.int8 import weight_gradient_program as emit_triton
 from codegen.kernel import Kernel, Sample, Source, register
 
@@ -27,8 +27,6 @@ _QUADS, _QUADS_LARGE, _LARGE_BYTES = 128, 512, 512 * 1024
 _MOST_IN_TILES = 3
 # Packed g may take this much of the L2 cache.
 _GRAD_BYTES = 1 << 20
-# The work is cut into about this many pieces, whatever the number of threads.
-_TASKS = 8
 
 
 def reference(
@@ -142,24 +140,24 @@ def emit_cpp(
     if not tiled:
         block = images * rows * -(-columns // 4)
     chunks = -(-batch // images) * -(-out_height // rows) * -(-out_width // columns)
-    splits = max(1, min(chunks, _TASKS, (2 << 20) // dw_bytes))
-    parts = min(groups * panels, -(-_TASKS // splits))
+    shares = int8_panels.cut(dw_bytes, chunks, groups * panels)
     blocks = -(-(out_channels // groups) // 16)
     # What several tasks need is packed once; a vector of 64 bytes has 4 pixels of 16 channels.
-    grad_bytes = groups * chunks * blocks * (block + 1) * 64 if parts > 1 else 0
+    grad_bytes = groups * chunks * blocks * (block + 1) * 64 if shares["PARTS"] > 1 else 0
     constants: dict[str, Any] = {
         "B": batch, "CO": out_channels, "CI": channels, "GROUPS": groups,
         "OH": out_height, "OW": out_width, "GHP": grad_height, "GWP": grad_width,
         "TOP": grad_border[0][0], "LEFT": grad_border[0][1], "XHP": height, "XWP": width,
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
         "DH": dilation[0], "DW": dilation[1], "SEGMENTS": segments, "LENGTH": length,
-        "IMAGES": images, "ROWS": rows, "COLUMNS": columns,
-        "SPLITS": splits, "PARTS": parts, "BLOCK": block,
+        "IMAGES": images, "ROWS": rows, "COLUMNS": columns, "BLOCK": block, **shares,
         "CHANNELS_LAST": channels_last,
     }  # fmt: skip
     inner = int8_wgrad_amx.BODY if tiled else int8_wgrad_vnni.BODY
-    text = cpp.source(constants, int8.INTERLEAVE + _HEAD + inner + _REST)
-    return Source(text, splits * dw_bytes + grad_bytes)
+    body = (
+        int8.INTERLEAVE + int8_panels.HEAD + _CHUNKS + inner + _INPUT + int8_panels.REST + _KERNEL
+    )
+    return Source(cpp.source(constants, body), shares["SPLITS"] * dw_bytes + grad_bytes)
 
 
 def _chunk(size: tuple[int, int, int], quads: int, border: int) -> tuple[int, int, int, int]:
@@ -185,11 +183,7 @@ def _chunk(size: tuple[int, int, int], quads: int, border: int) -> tuple[int, in
     return images, rows, columns, -(-block // 16) * 16
 
 
-_HEAD = r"""
-constexpr long CG = CI / GROUPS, OG = CO / GROUPS, BLOCKS = (OG + 15) / 16;
-// Panels of four vectors, and how many vectors the last panel has if it has fewer.
-constexpr long FULL = (LENGTH + 15) / 64, REST = (std::max(0L, LENGTH - FULL * 64) + 15) / 16;
-constexpr long EACH = FULL + (REST > 0), PANELS = SEGMENTS * EACH;
+_CHUNKS = r"""
 // Quadruples of pixels in a row, an image and a chunk.
 constexpr long QUADS = (COLUMNS + 3) / 4, IMAGE = ROWS * QUADS, CHUNK = IMAGES * IMAGE;
 // Rows of x that an image of a chunk looks at, apart by their phase of the stride.
@@ -197,20 +191,15 @@ constexpr long SLOTS = ROWS + (KH - 1) * DH / SH;
 constexpr long BANDS = (OH + ROWS - 1) / ROWS, STRIPS = (OW + COLUMNS - 1) / COLUMNS;
 constexpr long CHUNKS = (B + IMAGES - 1) / IMAGES * BANDS * STRIPS;
 
+struct Pixels {};
 struct Chunk {
   long image, row, column, images, rows, columns, quads;
-  explicit Chunk(long i) {
+  Chunk(Pixels, long i) {
     image = i / STRIPS / BANDS * IMAGES, row = i / STRIPS % BANDS * ROWS;
     column = i % STRIPS * COLUMNS;
     images = std::min(IMAGES, B - image), rows = std::min(ROWS, OH - row);
     columns = std::min(COLUMNS, OW - column), quads = (columns + 3) / 4;
   }
-};
-
-// A chunk of g, for blocks of 16 output channels.
-struct Grad {
-  alignas(64) int8_t values[BLOCKS][BLOCK * 64];
-  alignas(64) int32_t start[BLOCKS * 16];  // -128 times the sum of g
 };
 
 // Quadruple `q` of row `h` of image `b` of a chunk: four pixels of 16 channels.
@@ -223,7 +212,11 @@ static inline __m512i pixels_of(const uint8_t* grad, const Chunk& chunk, long b,
 }
 """
 
-_REST = r"""
+_INPUT = r"""
+// [phase][image][slot][quad][64][4]; a product may read beyond, where g is 0.
+constexpr long PANEL_BYTES = (SH * IMAGES * SLOTS * QUADS + 16) * 256;
+static inline long segment_at(long segment) { return segment * DW; }
+
 template <long N>
 static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
   for (long b = 0; b < chunk.images; b++)
@@ -240,76 +233,13 @@ static void pack_input(const uint8_t* x, const Chunk& chunk, uint8_t* into) {
             long w = chunk.column + std::min(4 * q + i, chunk.columns - 1);
             rows[i] = row + w * SW * CI;
           }
-          if constexpr (N == 4 && FULL > 0) interleave64(rows, to);
-          else
-            for (long n = 0; n < N; n++) {
-              _mm512_store_si512(to + 64 * n, interleave16(rows));
-              for (long i = 0; i < 4; i++) rows[i] += 16;
-            }
+          pack_pixels<N>(rows, to);
         }
       }
 }
+"""
 
-template <long N>
-static void panel(const uint8_t* x, const Chunk& chunk, const Grad& grad, uint8_t* packed,
-                  float* sums, bool first) {
-  pack_input<N>(x, chunk, packed);
-  contract<N>(grad, packed, chunk, sums, first);
-}
-
-// Partial sums: [split][group][panel][kh][OG][64].
-static inline float* partial(float* sums, long split, long which, long kh) {
-  return sums + ((split * GROUPS * PANELS + which) * KH + kh) * OG * 64;
-}
-
-// Packed g is shared where several tasks contract the same pixels: [group][chunk].
-constexpr bool SHARED = PARTS > 1;
-static inline void pack_grad(const uint8_t* grad, long group, long chunk, long block, Grad& into) {
-  const uint8_t* from = grad + group * OG + block * 16;
-  pack_block(from, Chunk(chunk), into.values[block], into.start + block * 16);
-}
-
-static void accumulate(const uint8_t* grad, const uint8_t* x, const Grad* shared, float* sums,
-                       long task) {
-  // [phase][image][slot][quad][64][4]; a product may read beyond, where g is 0.
-  alignas(64) static thread_local uint8_t packed[(SH * IMAGES * SLOTS * QUADS + 16) * 256];
-  alignas(64) static thread_local uint8_t own[SHARED ? 64 : sizeof(Grad)];
-  long split = task / PARTS, part = task % PARTS, all = GROUPS * PANELS;
-  long begin = part * all / PARTS, end = (part + 1) * all / PARTS;
-  long from = split * CHUNKS / SPLITS, to = (split + 1) * CHUNKS / SPLITS;
-  for (long i = from; i < to; i++) {
-    Chunk chunk(i);
-    for (long which = begin; which < end; which++) {
-      long group = which / PANELS, segment = which % PANELS / EACH, block = which % EACH;
-      Grad& mine = *reinterpret_cast<Grad*>(own);
-      if (!SHARED && (which == begin || which % PANELS == 0))
-        for (long o = 0; o < BLOCKS; o++) pack_grad(grad, group, i, o, mine);
-      const Grad& g = SHARED ? shared[group * CHUNKS + i] : mine;
-      const uint8_t* columns = x + segment * DW * CI + group * CG + block * 64;
-      float* into = partial(sums, split, which, 0);
-      if (block < FULL) panel<4>(columns, chunk, g, packed, into, i == from);
-      else if constexpr (REST > 0) panel<REST>(columns, chunk, g, packed, into, i == from);
-    }
-  }
-}
-
-// One panel of a filter, added up, scaled, and put in order: [KH][KW][CG].
-static void finish(float* sums, long o, long panel, long kh, float grad_scale, float input_scale,
-                   float* filter) {
-  long block = panel % EACH, vectors = block < FULL ? 4 : REST;
-  float* into = filter + kh * KW * CG + panel / EACH * CG + block * 64;
-  for (long q = 0; q < 4 * vectors && 4 * q < LENGTH - block * 64; q++) {
-    // interleave64 leaves four columns of each 128-bit lane in one vector.
-    long from = (block < FULL ? q % 4 * 16 + q / 4 * 4 : q * 4) + o % OG * 64;
-    __m128 sum = _mm_setzero_ps();
-    for (long s = 0; s < SPLITS; s++)
-      sum = _mm_add_ps(sum, _mm_load_ps(partial(sums, s, o / OG * PANELS + panel, kh) + from));
-    sum = _mm_mul_ps(_mm_mul_ps(sum, _mm_set1_ps(grad_scale)), _mm_set1_ps(input_scale));
-    long left = std::min(4L, LENGTH - block * 64 - 4 * q);
-    _mm_mask_storeu_ps(into + 4 * q, __mmask8((1u << left) - 1), sum);
-  }
-}
-
+_KERNEL = r"""
 static void kernel(void* const* t) {
   const uint8_t* grad = static_cast<const uint8_t*>(t[0]);
   const uint8_t* x = static_cast<const uint8_t*>(t[1]);
@@ -317,24 +247,8 @@ static void kernel(void* const* t) {
   float input_scale = *static_cast<const float*>(t[3]);
   float* out = static_cast<float*>(t[4]);
   float* sums = static_cast<float*>(t[5]);
-  Grad* shared = reinterpret_cast<Grad*>(sums + SPLITS * GROUPS * PANELS * KH * OG * 64);
-  if constexpr (SHARED)
-    parallel(GROUPS * CHUNKS * BLOCKS, [&](long i) {
-      long group = i / (CHUNKS * BLOCKS), chunk = i / BLOCKS % CHUNKS;
-      pack_grad(grad, group, chunk, i % BLOCKS, shared[group * CHUNKS + chunk]);
-    });
-  parallel(SPLITS * PARTS, [&](long task) { accumulate(grad, x, shared, sums, task); });
-
-  parallel(CO, [&](long o) {
-    static thread_local float row[KH * KW * CG];
-    float* filter = out + o * KH * KW * CG;
-    for (long i = 0; i < KH * PANELS; i++)
-      finish(sums, o, i % PANELS, i / PANELS, grad_scale, input_scale,
-             CHANNELS_LAST ? filter : row);
-    if constexpr (!CHANNELS_LAST)
-      for (long c = 0; c < CG; c++)
-        for (long tap = 0; tap < KH * KW; tap++) filter[c * KH * KW + tap] = row[tap * CG + c];
-  });
+  accumulate_all(grad, x, Pixels{}, sums);
+  finish_all(sums, grad_scale, input_scale, out, [](long, float*) {});
 }
 """
 
