@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graphpass
-from benchmarks.timing import paired, ratio, write_results
+from benchmarks.timing import paired, ratio, read_results, write_results
 from benchmarks.training_step import BATCH, Case, Step, make_step
 
 _PROFILED = 3
@@ -64,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the results."""
     given = _parse(argv)
     torch.set_num_threads(given.threads)
-    console, record = Console(), {}
+    console = Console()
+    record = read_results(given.output)["models"] if given.add else {}
     for name in given.models:
         case = Case(name, given.dtype, given.nchw)
         record[name] = measure(case, given)
         console.print(_table(case, record[name]))
-    described = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw, "models": record}
-    console.print(f"written to {write_results(given.output, described)}")
+        # A model takes minutes: what is measured is kept whatever becomes of the next one.
+        described = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw, "models": record}
+        console.print(f"written to {write_results(given.output, described)}")
 
 
 def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
             "median_s": statistics.median(mine),
             "speedup": ratio(bases, mine),
             "approximated_sites": len(reports[name].approximated),
+            "methods": Counter(row.method for row in reports[name].approximated),
             "sites": len(reports[name].rows),
             "saved_for_backward_bytes": {
                 "exact": reports[name].exact_saved_bytes,
@@ -168,6 +171,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--output", default="plans", help="name of the results file")
+    parser.add_argument("--add", action="store_true", help="keep what it has of other models")
     return parser.parse_args(argv)
 
 

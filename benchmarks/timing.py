@@ -119,6 +119,12 @@ def write_results(name: str, record: Mapping[str, Any]) -> Path:
     return path
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """Return what `write_results` wrote under a name."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
