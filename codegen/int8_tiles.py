@@ -129,11 +129,16 @@ static inline void write(float* at, __m512 value, __mmask16 mask) {
   _mm512_mask_storeu_ps(at, mask, value);
 }
 static inline void write(bf16* at, __m512 value, __mmask16 mask) {
+#if defined(__AVX512BF16__)
+  // Rounds to nearest too, and takes what is smaller than every normal number to 0.
+  _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(value));
+#else
   __m512i bits = _mm512_castps_si512(value);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   up = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7FC0));
   _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(up));
+#endif
 }
 """

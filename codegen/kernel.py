@@ -208,14 +208,13 @@ def triton_programs(kernel: Kernel, *args: Any) -> tuple[Program, ...] | str:
 
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a kernel is specialised to."""
-    return tuple(
-        (x.shape, x.stride(), x.dtype)
-        if isinstance(x, Tensor)
-        else tuple(x)
-        if isinstance(x, list)
-        else x
-        for x in args
-    )
+    key: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            key += (arg.shape, arg.stride(), arg.dtype)
+        else:
+            key.append(tuple(arg) if isinstance(arg, list) else arg)
+    return tuple(key)
 
 
 def _warn(kernel: Kernel, reason: str) -> None:
@@ -224,41 +223,65 @@ def _warn(kernel: Kernel, reason: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a call for known shapes needs: a small layer's kernels take no longer than finding out.
+
+    Attributes:
+        launch: the C++.
+        scratch_bytes: of its memory.
+        results: sizes, strides and type of what it computes.
+        single: whether that is one tensor, and not a tuple.
+    """
+
+    launch: build.Launch
+    scratch_bytes: int
+    results: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    single: bool
+
+
 class _Runner:
     """Runs a kernel on real tensors: the C++ for their shapes, or else the reference."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.launches: dict[tuple[Any, ...], tuple[build.Launch, int] | None] = {}
+        self.launches: dict[tuple[Any, ...], _Prepared | None] = {}
 
     def __call__(self, *args: Any) -> Result:
         key = _key(args)
-        if key not in self.launches:
-            self.launches[key] = self._prepare(args)
-        prepared = self.launches[key]
+        try:
+            prepared = self.launches[key]
+        except KeyError:
+            prepared = self.launches[key] = self._prepare(args)
         if prepared is None:
             return self.kernel.reference(*args)
-        launch, scratch_bytes = prepared
-        results = self.kernel.fake(*args)
-        outputs = (results,) if isinstance(results, Tensor) else results
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        pointers = [x.data_ptr() for x in (*tensors, *outputs)]
-        if scratch_bytes:
-            scratch = torch.empty(scratch_bytes + 64, dtype=torch.uint8)
+        outputs = [
+            torch.empty_strided(size, stride, dtype=dtype)
+            for size, stride, dtype in prepared.results
+        ]
+        pointers = [x.data_ptr() for x in args if isinstance(x, Tensor)]
+        pointers += [x.data_ptr() for x in outputs]
+        if prepared.scratch_bytes:
+            scratch = torch.empty(prepared.scratch_bytes + 64, dtype=torch.uint8)
             pointers.append(-(-scratch.data_ptr() // 64) * 64)
-        launch(pointers)
-        return results
+        prepared.launch(pointers)
+        return outputs[0] if prepared.single else tuple(outputs)
 
-    def _prepare(self, args: tuple[Any, ...]) -> tuple[build.Launch, int] | None:
+    def _prepare(self, args: tuple[Any, ...]) -> _Prepared | None:
         if unavailable(self.kernel, *args) is not None:
             return None
         source = cpp_source(self.kernel, *args)
         assert isinstance(source, Source), source
         try:
-            return build.start(source.text).result(), source.scratch_bytes
+            launch = build.start(source.text).result()
         except (build.KernelBuildError, OSError) as error:
             _warn(self.kernel, str(error))
             return None
+        results = self.kernel.fake(*args)
+        single = isinstance(results, Tensor)
+        outputs = (results,) if isinstance(results, Tensor) else results
+        shapes = tuple((x.shape, x.stride(), x.dtype) for x in outputs)
+        return _Prepared(launch, source.scratch_bytes, shapes, single)
 
 
 class _GpuRunner:
