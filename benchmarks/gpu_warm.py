@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args(argv)
     gpu_sections.allow_tf32()
+    # A run that tries the flow without a GPU interprets kernels; what is warmed is compiled.
+    os.environ.pop("TRITON_INTERPRET", None)
     with Warmer(given.arch, given.workers) as warmer:
         shapes = [shape for name in given.names for shape in layer.NAMED[name]]
         for record in (*announce(shapes), *warmer.wait()):
