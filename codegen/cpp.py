@@ -17,6 +17,8 @@ Number = int | float | bool
 
 # Element types that kernels read and write; they compute in float.
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "bf16"}
+# Types of lists of rows.
+INDICES = {torch.int64: "int64_t", torch.int32: "int32_t"}
 
 
 def source(constants: Mapping[str, Number | Sequence[int] | str], body: str) -> str:

@@ -18,6 +18,8 @@ from codegen import build
 SLACK = 64
 # A tensor's scale maps its largest magnitude to this; -128 only ever comes from rounding.
 LARGEST = 127
+# The inverse of this is finite; of zeros alone, any scale is right.
+LEAST_SCALE = 2.0**-100
 
 
 def zero_point(device: torch.device) -> int:
@@ -41,8 +43,7 @@ def scale_of(largest: Tensor) -> Tensor:
         largest: the tensor's largest magnitude, 0-d. If it is NaN or infinite, so is the scale, and
             what is multiplied with it.
     """
-    # The least scale keeps its inverse finite; of zeros alone, any scale is right.
-    return (largest.to(torch.float32) / LARGEST).clamp_min(2.0**-100)
+    return (largest.to(torch.float32) / LARGEST).clamp_min(LEAST_SCALE)
 
 
 def round_at_random(x: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
