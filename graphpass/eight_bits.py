@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codegen import draws as random_draws
 from codegen import int8
-from cost_model import Cost, KernelCost, element_count, reduce
+from cost_model import Cost, Dim, KernelCost, element_count, reduce
 from graphpass.errors import Reason, Rejected
 from graphpass.kernels_of import mover, product, shared_name
 from graphpass.site import Gradient, Site
@@ -177,20 +177,30 @@ def cost(
         kinds: what computes each product.
         dtype: what that multiplies.
     """
-    exact, rounding = site.cost, []
+    exact, rounding = site.cost, list[KernelCost]()
     counts = [element_count(shape) for shape in _read(site)]
     for name, count in zip(NAMES[site.gradient], counts, strict=True):
-        # Each operand is read for its largest magnitude, ...
-        largest = reduce(count, 1, site.itemsize)
-        shared = shared_name(f"{method} maximum", site, name)
-        rounding.append(mover("absolute_max", largest, site.dtype, shared))
-        # ... and once more to be written as bytes.
-        rounded = Cost(count * _FLOPS_PER_VALUE, count * site.itemsize, count)
-        shared = shared_name(f"{method} bytes", site, name)
-        rounding.append(mover(f"{method}_round", rounded, site.dtype, shared))
+        rounding += bytes_of(site, method, name, count)
     # Operands are read as bytes; the result is written as it always is.
     cost = Cost(exact.flops, sum(counts), exact.bytes_written)
     return (*rounding, product(site, kinds[site.gradient], cost, dtype))
+
+
+def bytes_of(site: Site, method: str, name: str, count: Dim) -> tuple[KernelCost, KernelCost]:
+    """Return the cost of making bytes of an operand, by its name, of so many values."""
+    # It is read for its largest magnitude, ...
+    largest = reduce(count, 1, site.itemsize)
+    shared = shared_name(f"{method} maximum", site, name)
+    maximum = mover("absolute_max", largest, site.dtype, shared)
+    # ... and once more to be written as bytes.
+    shared = shared_name(f"{method} bytes", site, name)
+    rounding = rounding_cost(count, site.itemsize)
+    return maximum, mover(f"{method}_round", rounding, site.dtype, shared)
+
+
+def rounding_cost(count: Dim, itemsize: int) -> Cost:
+    """Return the cost of rounding so many values to bytes."""
+    return Cost(count * _FLOPS_PER_VALUE, count * itemsize, count)
 
 
 def reject(site: Site, min_channels: int) -> Rejected | None:
