@@ -93,13 +93,26 @@ static inline __m512 read(const bf16* at, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+static inline const T* row_of(const T* grad, const Index* index, long r) {
+  uint64_t at = uint64_t(index[r * IS]), p = at % POSITIONS;
+  return grad + at / POSITIONS * GS0 + p / OW * GS2 + p % OW * GS3;
+}
+
+// Rows are short and lie here and there: they are fetched before they are read. A quarter of the
+// pixels of 64 channels at 32x32 took half of the time then.
+constexpr long AHEAD = 16;
+static inline void fetch(const T* row) {
+  if constexpr (GS1 == 1)
+    for (long o = 0; o < CO; o += 64 / long(sizeof(T))) __builtin_prefetch(row + o);
+}
+
 // Calls body(row, channel, 16 channels' weighted values, which of them there are) in a piece.
 template <typename Body>
 static inline void visit(const T* grad, const Index* index, const float* weight, long piece,
                          Body body) {
   for (long r = piece * PIECE; r < std::min(R, (piece + 1) * PIECE); r++) {
-    uint64_t at = uint64_t(index[r * IS]), p = at % POSITIONS;
-    const T* row = grad + at / POSITIONS * GS0 + p / OW * GS2 + p % OW * GS3;
+    if (r + AHEAD < R) fetch(row_of(grad, index, r + AHEAD));
+    const T* row = row_of(grad, index, r);
     for (long o = 0; o < CO; o += 16) {
       __mmask16 mask = CO - o >= 16 ? 0xFFFF : (1u << (CO - o)) - 1;
       __m512 values;

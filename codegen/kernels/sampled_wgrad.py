@@ -171,7 +171,7 @@ def emit_cpp(
         for tensor, copy in zip((x, grad), copies, strict=True)
     )
     constants: dict[str, Any] = {
-        "T": cpp.ELEMENTS[grad.dtype], "Index": _index_type(index),
+        "T": cpp.ELEMENTS[grad.dtype], "Index": cpp.INDICES[index.dtype],
         "B": batch, "CO": out_channels, "CI": x.shape[1], "GROUPS": groups,
         "OH": out_height, "OW": out_width, "IH": x.shape[2], "IW": x.shape[3],
         "KH": kernel[0], "KW": kernel[1], "SH": stride[0], "SW": stride[1],
@@ -206,10 +206,6 @@ def emit_cpp(
 def _power_below(count: int) -> int:
     """Return the largest power of two that is not more."""
     return 1 << (count.bit_length() - 1)
-
-
-def _index_type(index: Tensor) -> str:
-    return {torch.int64: "int64_t", torch.int32: "int32_t"}[index.dtype]
 
 
 def _unravel(flat: Tensor, sizes: Any) -> list[Tensor]:
