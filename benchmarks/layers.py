@@ -10,7 +10,7 @@ seconds of reading its operands once and doing its FLOPs at the machine's peak s
 step both gradients of a layer share what is done to the output gradient, so methods that have both
 are measured on both at once too. Two products alone stand beside them: "sampled" of rows that are
 given, and "int8 product" of bytes that are given. "int8 quarter" is `int8` of every fourth sample:
-as fast as 8-bit products of sampled pixels, which have to be gathered besides, can ever be.
+as fast as `pixels_int8`, which has pixels to choose and to gather besides, can ever be.
 """
 
 import argparse
@@ -40,6 +40,7 @@ _COMPUTES_IN = {
     "int8": torch.int8,
     "bf16": torch.bfloat16,
     "pixels": torch.bfloat16,
+    "pixels_int8": torch.int8,
     "sampled": torch.bfloat16,
 }
 PRODUCTS = ((Gradient.WEIGHT,), (Gradient.INPUT,), (Gradient.WEIGHT, Gradient.INPUT))

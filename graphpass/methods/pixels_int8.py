@@ -17,8 +17,8 @@ the estimate of `pixels`, which is unbiased. The variance is that of `pixels` an
     sum_i R p[i] Var Q(g[i] / (R p[i])) (|patch - mu|^2 + Var Q(patch))
         + |g[i]|^2 / min(1, R p[i]) Var Q(patch),
 
-a hundredth of it. Bytes are multiplied twice as fast as bfloat16, so it pays where the product of
-`pixels` costs more than to round x: from 32 channels on, and wherever x is rounded already.
+less than a hundredth of it. Bytes are multiplied twice as fast as bfloat16, so it pays where that
+saves more than rounding x costs: from about 64 channels on, from fewer where x is rounded already.
 """
 
 from dataclasses import dataclass, replace
