@@ -34,6 +34,10 @@ from graphpass.steering import Part, controller_of, why_not
 from graphpass.variants import EXACT, Active, Key, Variants, warn_once
 
 
+# What an exact call runs; it draws nothing.
+_NOTHING = Choice(EXACT, 0)
+
+
 @dataclass(slots=True)
 class Caller:
     """One part of one model that runs the graph.
@@ -165,17 +169,18 @@ class Callers:
     def _choose(self, args: Sequence[Any]) -> Choice:
         caller = self._caller(args)
         if not caller.training():
-            return Choice(EXACT, 0)
-        turn = caller.session.begin(caller.identity, self._options.seed)
-        if caller.session.is_exact:
-            return Choice(EXACT, turn.seed)
+            return _NOTHING
+        turn = caller.session.begin(caller.identity)
+        if caller.session.is_exact or not (caller.layers or caller.controller):
+            return _NOTHING
+        seed = turn.seed(self._options.seed)
         if caller.controller is None:
             active = caller.at_step(turn.step)
-            return Choice(active, turn.seed, step=turn.step, kept=caller.kept_for(active))
+            return Choice(active, seed, step=turn.step, kept=caller.kept_for(active))
         trained = {position: args[position] for position in self._variants.subject.parameters}
         device = args[self._variants.subject.parameters[0]].device
         key, page = caller.controller.turn(turn.step, trained, device)
-        return Choice(key, turn.seed, page)
+        return Choice(key, seed, page)
 
     def _caller(self, args: Sequence[Any]) -> Caller:
         if self._parameter is None:

@@ -46,7 +46,7 @@ class Reason(StrEnum):
     GIVEN_PLAN = "the plan was given, and is not changed"
     DYNAMIC_SIZES = "sizes are dynamic: nothing can be compiled once training runs"
     NO_WEIGHTS = "no product of the graph is a weight gradient"
-    NOTHING_PAYS = "no approximation saves time"
+    NOTHING_PAYS = "no approximation saves time enough"
     OVER_BUDGET = "measured noise stays over the budget"
     NESTED_REGION = "the graph has control flow or nested regions"
 

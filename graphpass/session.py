@@ -24,10 +24,25 @@ _STATE_VERSION = 1
 
 
 class Turn(NamedTuple):
-    """One call of one graph: the step it belongs to, and the seed of its draws."""
+    """One call of one graph.
+
+    Attributes:
+        step: the step it belongs to.
+        repeat: how often the caller was seen in this step before.
+        caller: number of the caller.
+    """
 
     step: int
-    seed: int
+    repeat: int
+    caller: int
+
+    def seed(self, given: int) -> int:
+        """Return the seed of its draws.
+
+        Args:
+            given: the user's seed.
+        """
+        return draws.mix(given, self.step, self.repeat, self.caller)
 
 
 class Steered(Protocol):
@@ -214,12 +229,11 @@ class Session:
         for caller, count in zip(self._callers, calls, strict=False):
             self._calls[caller] = count
 
-    def begin(self, caller: str, seed: int) -> Turn:
+    def begin(self, caller: str) -> Turn:
         """Count one training call of a graph.
 
         Args:
             caller: `Caller.identity` of the part of the model that runs.
-            seed: the user's seed.
         """
         if caller not in self._callers:
             number = self._callers[caller] = len(self._callers)
@@ -230,7 +244,7 @@ class Session:
             self._calls.clear()
         repeat = self._calls.get(caller, 0)
         self._calls[caller] = repeat + 1
-        return Turn(self._step, draws.mix(seed, self._step, repeat, self._callers[caller]))
+        return Turn(self._step, repeat, self._callers[caller])
 
     def layer_offset(self, owner: str, layers: int) -> int:
         """Return the number of layers in the graphs that ran before this one.

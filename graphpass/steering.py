@@ -3,13 +3,14 @@
 Plans that the user made, by naming methods or by handing one in, are left as they are.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from graphpass import pricing as prices
+from graphpass import prior
 from graphpass.budget import AccuracyDrop, Speedup
 from graphpass.candidates import ladder
 from graphpass.capture import Analysis
@@ -17,7 +18,7 @@ from graphpass.controller import Controller, Groups, Policy, Subplan
 from graphpass.dependence import reach_of
 from graphpass.errors import ConfigError, Reason
 from graphpass.measuring import Names
-from graphpass.noise import NoiseTable, key_of
+from graphpass.noise import LocalNoise, NoiseTable, key_of
 from graphpass.options import Options
 from graphpass.plan import Plan
 from graphpass.planner import make_plan, replacements
@@ -86,7 +87,7 @@ def controller_of(part: Part, variants: Variants, current: Subplan) -> Controlle
         # Probes compare gradients of one forward pass.
         if replacement.site.gradient is not Gradient.FORWARD
     }
-    if not candidates:
+    if not candidates or not (current.numbers() or _could_pay(part, offers, pricing)):
         return Reason.NOTHING_PAYS.value
     names = names_of(part.analysis, candidates, part.parameters)
     shortlist = Shortlist(part.analysis, tuple(dict.fromkeys(offers)), pricing)
@@ -121,6 +122,19 @@ def names_of(
         weights[sites[number].id] = (*weights.get(sites[number].id, ()), position)
     keys = {i: key_of(r.site.id, r.method.name, r.params) for i, r in candidates.items()}
     return Names(keys, parameters, weights, reach_of(analysis.flow, sites))
+
+
+def _could_pay(part: Part, offers: Sequence[Replacement], pricing: Pricing) -> bool:
+    """Return whether the planner would approximate anything if no candidate added any noise.
+
+    If not, measuring noise changes nothing, and takes time: of a small perceptron, a twentieth.
+    """
+    nothing = LocalNoise(0.0, 0.0, 1.0)
+    entries = {key_of(r.site.id, r.method.name, r.params): nothing for r in offers}
+    table = replace(prior.noise_table(part.analysis, {}), entries=entries)
+    wanted = replace(part.options, budget=part.session.budget(part.options.budget))
+    plan = make_plan(part.analysis, wanted, part.offset, part.modules, table, pricing)
+    return bool(plan.approximated)
 
 
 def _groups(candidates: Mapping[int, Replacement], part: Part, pricing: Pricing) -> Groups:

@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import graphpass
-from graphpass import ConfigError, callers, controller, measuring, pricing, steering, variants
+from graphpass import (
+    ConfigError,
+    callers,
+    controller,
+    measuring,
+    pricing,
+    prior,
+    steering,
+    variants,
+)
 from graphpass.capture import Analysis
 from graphpass.dispatcher import Dispatcher
+from graphpass.errors import Reason
+from graphpass.noise import LocalNoise
 from graphpass.plan import Plan
 from graphpass.pricing import Price
 from graphpass.site import Site
@@ -134,6 +145,34 @@ def test_a_run_is_measured_and_goes_on_bit_for_bit() -> None:
     assert whole.session.plan.approximated == ()
     with pytest.raises(ConfigError, match="budget=-1"):
         whole.session.set_budget(-1)
+
+
+class Idle(Cheap):
+    """Prices at which the products are a thousandth of a step."""
+
+    def rest(self) -> Price:
+        return Price(6000.0, {}, "calibrated")
+
+
+@pytest.mark.parametrize("budget", ["auto", 0.0])
+def test_nothing_is_measured_where_no_noise_at_all_would_not_pay(
+    budget: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pricing, "of", lambda analysis, threads: Idle())
+    training = Training(budget=budget)
+    training.run(range(FIRST + EVERY))
+    assert training.session.noise is None and training.session.step == FIRST + EVERY
+    reason = Reason.NOTHING_PAYS if budget == "auto" else Reason.BUDGET_ZERO
+    assert training.session.notes == (reason.value,)
+
+
+def test_what_pays_without_noise_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the prior it is too noisy: that may be wrong of this model."""
+    monkeypatch.setattr(prior, "local_noise", lambda *_: LocalNoise(1e6, 0.0, 1.0))
+    training = Training(budget="auto")
+    assert not training.session.plan.approximated
+    training.run(range(FIRST + EVERY))
+    assert training.session.noise is not None
 
 
 def test_no_ordinary_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
