@@ -127,7 +127,7 @@ def site_rows(case: Case, threads: int, names: Sequence[str]) -> list[dict[str, 
                     "model": case.name, "dtype": case.dtype, "site": site.id, "method": name,
                     "op": site.op, "predicted_s": predicted.seconds,
                     "measured_s": best_s(run, _SITE_S),
-                    "doubtful": prices.doubtful(site, method, params),
+                    "expected_error": predicted.error,
                 }
             )  # fmt: skip
     return rows
@@ -197,7 +197,7 @@ def _quality(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _prices(analysis: Analysis, threads: int) -> HardwarePricing:
     prices = pricing.of(analysis, threads)
     # What was timed before is not to be predicted from itself.
-    prices.measured.clear()
+    prices.timings.seconds.clear()
     return prices
 
 

@@ -33,7 +33,6 @@ from graphpass.site import Gradient
 from graphpass.steering import Part, controller_of, why_not
 from graphpass.variants import EXACT, Active, Key, Variants, warn_once
 
-
 # What an exact call runs; it draws nothing.
 _NOTHING = Choice(EXACT, 0)
 

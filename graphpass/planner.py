@@ -1,7 +1,7 @@
 """Decide for every site how it is computed: as the user named it, or by spending the budget.
 
 Pure functions: the same sites, options, prices and noise give the same plan. Prices may become
-better known on the way: what would be approximated on a GPU is timed first.
+better known on the way: products are timed where a plan turns on them and they are in doubt.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +15,7 @@ import torch
 from graphpass import pricing as prices
 from graphpass.candidates import menus
 from graphpass.capture import Analysis
+from graphpass.doubts import doubts
 from graphpass.errors import ConfigError, Reason, Rejected
 from graphpass.method import Method, get_method
 from graphpass.noise import NoiseTable
@@ -27,7 +28,7 @@ from graphpass.schedule import Schedule
 from graphpass.selection import Selection, select
 from graphpass.site import Gradient, Site
 
-# How often prices of what was chosen are confirmed, and the choice is made again.
+# How often doubtful prices are confirmed, and the choice is made again.
 _CONFIRMED = 4
 
 
@@ -261,9 +262,7 @@ def _select(
             analysis, obstacles, options.methods, options.max_bias, noise, pricing
         )
         chosen = select(found, options.budget, options.max_bias, rest_s, propagation.noise_ratio)
-        pairs = zip(analysis.sites, chosen.picks, strict=True)
-        picks = [(site, pick.method, pick.params) for site, pick in pairs if pick is not None]
-        if last or not pricing.confirm(picks):
+        if last or not pricing.confirm(doubts(found, chosen.picks)):
             break
     return chosen
 

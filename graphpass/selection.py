@@ -62,10 +62,10 @@ def select(
     for numbers in members:
         layer_menus, layer_picks = [menus[i] for i in numbers], [picks[i] for i in numbers]
         for place, i in enumerate(numbers):
-            savings = _savings(layer_menus, layer_picks, place)
-            others[i] = _other_texts(menus[i], picks[i], savings)
+            saved = savings(layer_menus, layer_picks, place, menus[i].candidates)
+            others[i] = _other_texts(menus[i], picks[i], saved)
             if picks[i] is None:
-                reasons[i] = _reason(menus[i], savings, chosen.small_gain)
+                reasons[i] = _reason(menus[i], saved, chosen.small_gain)
     return Selection(tuple(picks), tuple(reasons), tuple(others), points)
 
 
@@ -146,32 +146,43 @@ def _seconds(menus: Sequence[Menu], chosen: Sequence[Candidate | None]) -> float
     )
 
 
-def _savings(menus: Sequence[Menu], chosen: Sequence[Candidate | None], place: int) -> list[float]:
-    """Return the seconds that each candidate of one menu would save, the others as they are."""
+def savings(
+    menus: Sequence[Menu],
+    chosen: Sequence[Candidate | None],
+    place: int,
+    others: Sequence[Candidate | None],
+) -> list[float]:
+    """Return the seconds that other ways to compute a product would save, the rest as it is.
+
+    Args:
+        menus: those of the layer.
+        chosen: what was chosen of each.
+        place: the product's.
+        others: what could be chosen of it instead; None for exact.
+    """
     now = _seconds(menus, chosen)
     return [
-        now - _seconds(menus, [*chosen[:place], candidate, *chosen[place + 1 :]])
-        for candidate in menus[place].candidates
+        now - _seconds(menus, [*chosen[:place], other, *chosen[place + 1 :]]) for other in others
     ]
 
 
-def _other_texts(menu: Menu, pick: Candidate | None, savings: Sequence[float]) -> tuple[str, ...]:
+def _other_texts(menu: Menu, pick: Candidate | None, gains: Sequence[float]) -> tuple[str, ...]:
     texts = [
         f"{candidate}: would {_change(saved)} for {candidate.effect}"
-        for candidate, saved in zip(menu.candidates, savings, strict=True)
+        for candidate, saved in zip(menu.candidates, gains, strict=True)
         if candidate is not pick
     ]
     return (*texts, *(f"{text}: {rejected}" for text, rejected in menu.refused))
 
 
-def _reason(menu: Menu, savings: Sequence[float], small_gain: float | None) -> Rejected:
+def _reason(menu: Menu, gains: Sequence[float], small_gain: float | None) -> Rejected:
     if menu.obstacle is not None:
         return menu.obstacle
     if not menu.candidates:
         # That a method is biased says less than why an unbiased one does not fit.
         told = sorted(menu.refused, key=lambda pair: pair[1].reason is Reason.BIASED)
         return Rejected(Reason.NO_CANDIDATE, "; ".join(f"{text}: {why}" for text, why in told[:2]))
-    saved, best = max(zip(savings, menu.candidates, strict=True), key=lambda pair: pair[0])
+    saved, best = max(zip(gains, menu.candidates, strict=True), key=lambda pair: pair[0])
     if saved <= 0:
         return Rejected(Reason.NO_GAIN, f"{best} would {_change(saved)}")
     detail = f"{best} would {_change(saved)} for {best.effect}"

@@ -7,8 +7,9 @@ from typing import Any
 
 from graphpass.capture import Analysis
 from graphpass.method import Method
-from graphpass.pricing import Chosen, Price
+from graphpass.pricing import Price
 from graphpass.site import ConvGeometry, Gradient, Site
+from graphpass.timings import Way
 
 
 def conv_layer(number: int, channels: int = 32, size: int = 16, batch: int = 32) -> list[Site]:
@@ -63,5 +64,5 @@ class Prices:
     def rest(self) -> Price:
         return Price(self.rest_s, {}, "calibrated")
 
-    def confirm(self, chosen: Iterable[Chosen]) -> bool:
+    def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
         return False

@@ -50,8 +50,8 @@ class Cheap:
     def rest(self) -> Price:
         return Price(1.0, {}, "calibrated")
 
-    def confirm(self, chosen: Any) -> bool:
-        del chosen
+    def confirm(self, doubtful: Any) -> bool:
+        del doubtful
         return False
 
 
