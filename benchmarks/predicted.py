@@ -8,7 +8,8 @@ Predictions come from the calibration alone; none of its shapes is judged here. 
 by itself, with other data in the caches (see `graphpass.timing`), each distinct one of a model
 once. On a CPU Inductor runs images in channels_last, whatever the model's format is, so that the
 products of a model in NCHW are the same: the formats differ in steps alone. A step is forward,
-loss and backward; the optimizer is no part of it.
+loss and backward; the optimizer is no part of it. `--plans` names those of `benchmarks.plans` that
+are made by hand.
 """
 
 import argparse
@@ -26,16 +27,21 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import graphpass
+from benchmarks.plans import PLANS
 from benchmarks.timing import RESULTS, write_results
+from benchmarks.training_step import layers_of
 from examples.large_models import deep_resnet
 from examples.models import build
 from graphpass import calibration, dry_run, pricing, trial
 from graphpass.capture import Analysis
+from graphpass.options import Options
+from graphpass.planner import make_plan
 from graphpass.pricing import HardwarePricing
 from graphpass.timing import best_s, keep_memory
 
 MODELS = ("resnet20", "vgg19", "wrn-16-8", "resnet50", "vit")
 DTYPES, FORMATS = ("fp32", "bf16"), ("channels_last", "nchw")
+EXACT = "exact"
 # How long each product is called again and again, and each step.
 _SITE_S, _STEP_S = 0.1, 4.0
 
@@ -95,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows = site_rows(case, given.threads, given.methods)
                 sites = _merged(sites, rows)
             for form in given.formats if "steps" in given.parts else ():
-                row = step_row(Case(name, dtype, form), given.threads)
-                steps = _merged(steps, [row])
+                for plan in (EXACT, *given.plans):
+                    row = step_row(Case(name, dtype, form), given.threads, plan)
+                    steps = _merged(steps, [row])
     record = {"summary": summary(sites, steps), "sites": sites, "steps": steps}
     console = Console()
     console.print(_table(record["summary"]))
@@ -133,16 +140,18 @@ def site_rows(case: Case, threads: int, names: Sequence[str]) -> list[dict[str, 
     return rows
 
 
-def step_row(case: Case, threads: int) -> dict[str, Any]:
-    """Return predicted and measured seconds of an exact training step."""
-    analysis = analyse(case)
+def step_row(case: Case, threads: int, plan: str) -> dict[str, Any]:
+    """Return predicted and measured seconds of a training step, exact or under a plan by hand."""
+    analysis, model, images = analyse(case), case.model(), case.images()
+    methods = {} if plan == EXACT else dict.fromkeys(layers_of(model)[1:], PLANS[plan])
+    options = {"methods": methods, "strict": True}
     prices = _prices(analysis, threads)
-    products = sum(prices.exact(site).seconds for site in analysis.sites)
-    rest = prices.rest().seconds
+    found = make_plan(analysis, Options.from_dict(options), 0, None, pricing=prices).prediction
+    assert found is not None
     torch._dynamo.reset()
-    model, images = case.model(), case.images()
     labels = torch.randint(0, 10, (len(images),))
-    compiled = torch.compile(model)
+    settings: dict[str, Any] = {} if plan == EXACT else {"backend": "approx", "options": options}
+    compiled: Any = torch.compile(model, **settings)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -153,8 +162,9 @@ def step_row(case: Case, threads: int) -> dict[str, Any]:
     step()
     return {
         "model": case.name, "dtype": case.dtype, "format": case.format,
-        "batch": len(images), "products_s": products, "rest_s": rest,
-        "predicted_s": products + rest, "measured_s": best_s(step, _STEP_S),
+        "plan": plan, "batch": len(images), "products_s": found.step_s - found.rest_as_planned_s,
+        "rest_s": found.rest_as_planned_s, "predicted_s": found.step_s,
+        "measured_s": best_s(step, _STEP_S),
     }  # fmt: skip
 
 
@@ -174,8 +184,8 @@ def summary(sites: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[di
         groups.setdefault(f"sites, {row['method']}, {row['dtype']}", []).append(row)
         if kind == "exact":
             groups.setdefault(f"sites of {row['model']}, {row['dtype']}", []).append(row)
-    if steps:
-        groups["steps"] = steps
+    for row in steps:
+        groups.setdefault(f"steps, {row.get('plan', EXACT)}", []).append(row)
     return [{"of": name, **_quality(rows)} for name, rows in sorted(groups.items())]
 
 
@@ -211,7 +221,7 @@ def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("model", "dtype", "format", "site", "method"))
+    return tuple(row.get(key) for key in ("model", "dtype", "format", "plan", "site", "method"))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -234,6 +244,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--methods", nargs="*", default=[], choices=list(graphpass.methods()))
+    by_hand = [name for name, plan in PLANS.items() if isinstance(plan, list)]
+    parser.add_argument("--plans", nargs="*", default=[], choices=by_hand)
     parser.add_argument("--parts", nargs="+", default=["sites", "steps"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

@@ -44,15 +44,17 @@ class Case:
 
     def convolutions(self) -> list[str]:
         """Return the paths of all convolutions, in the order they run."""
-        return self._paths(nn.Conv2d)
+        return layers_of(self.model(), nn.Conv2d)
 
     def layers(self) -> list[str]:
         """Return the paths of all convolutions and linear layers, in the order of the model."""
-        return self._paths(nn.Conv2d, nn.Linear)
+        return layers_of(self.model())
 
-    def _paths(self, *kinds: type[nn.Module]) -> list[str]:
-        modules = self.model().named_modules()
-        return [path for path, module in modules if isinstance(module, kinds)]
+
+def layers_of(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    """Return the paths of convolutions and linear layers, or of the kinds given, in their order."""
+    wanted = kinds or (nn.Conv2d, nn.Linear)
+    return [path for path, module in model.named_modules() if isinstance(module, wanted)]
 
 
 def make_step(case: Case, options: dict[str, Any] | None) -> Step:

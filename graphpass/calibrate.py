@@ -72,7 +72,7 @@ def _measure(end: float, console: Console) -> dict[tuple[object, ...], Measureme
                     break
                 progress.update(task, description=f"measuring, round {number + 1}", advance=1)
                 for load in make():
-                    seconds = best_s(load.run, _CALLS_S) / load.count
+                    seconds = best_s(load.run, _CALLS_S, load.warm) / load.count
                     _keep_faster(best, Measurement.of(load.kernel, seconds))
     return best
 

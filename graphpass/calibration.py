@@ -16,7 +16,7 @@ from cost_model import Cost, EfficiencyTable, Figure, Hardware, KernelCost
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 # What reading a file that holds something else, or a part of what was written, may raise.
 CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The kind that bandwidth and the time of a call are taken from.

@@ -24,7 +24,7 @@ from graphpass.owner import Owner, compiled_model, parameter_path
 from graphpass.plan import Plan
 from graphpass.planner import all_exact, make_plan, replacements
 from graphpass.products import Replacement
-from graphpass.recompute import Recomputation
+from graphpass.recompute import Recomputation, repeats
 from graphpass.report import TrainingGraph, forget, record
 from graphpass.rescue import rescued
 from graphpass.session import Session, session_of
@@ -128,7 +128,13 @@ class Callers:
 
     def choose(self, args: Sequence[Any]) -> Choice:
         """Return what a call approximates, and the seed of its draws."""
-        return self._recomputation.choose(lambda: self._choose(args))
+        caller = self._caller(args)
+        if caller.layers or caller.controller:
+            return self._recomputation.choose(lambda: self._choose(caller, args))
+        # Nothing to choose: the step is counted, and that is all.
+        if caller.training() and not repeats():
+            caller.session.begin(caller.identity)
+        return _NOTHING
 
     def remember(self) -> None:
         """Write to disk what compiling the variants showed."""
@@ -165,12 +171,11 @@ class Callers:
         for graph in self._graphs:
             forget(graph)
 
-    def _choose(self, args: Sequence[Any]) -> Choice:
-        caller = self._caller(args)
+    def _choose(self, caller: Caller, args: Sequence[Any]) -> Choice:
         if not caller.training():
             return _NOTHING
         turn = caller.session.begin(caller.identity)
-        if caller.session.is_exact or not (caller.layers or caller.controller):
+        if caller.session.is_exact:
             return _NOTHING
         seed = turn.seed(self._options.seed)
         if caller.controller is None:

@@ -14,6 +14,8 @@ import sympy
 from cost_model import Cost, Dim, KernelCost, Shape, element_count
 from graphpass.site import Gradient, Site
 
+# What is no product, fused: with other data in the caches, and with its operands there.
+FUSED_COLD, FUSED_WARM = FUSED = ("fused", "fused_warm")
 # Kernels work on vectors of pixels; longer rows make no difference.
 _WIDEST = 32
 

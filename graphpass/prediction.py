@@ -61,11 +61,12 @@ class Prediction:
 
     Attributes:
         sites: by the id of the site.
-        rest_s: seconds of a step that no site takes: normalisations, activations.
+        rest_s: seconds of an exact step that no site takes: normalisations, activations.
         variance: V of the gradient, in the unit that `sites` were weighed with.
         square: |E g|^2 of the gradient.
         frontier: corners of the frontier of noise against time, seconds of the whole step; empty
             where the user named the methods.
+        planned_rest_s: the same of a step as planned; None for that of an exact one.
     """
 
     sites: Mapping[str, SitePrediction]
@@ -73,6 +74,7 @@ class Prediction:
     variance: float
     square: float
     frontier: tuple[Point, ...] = field(default=())
+    planned_rest_s: float | None = None
 
     @property
     def exact_step_s(self) -> float:
@@ -82,13 +84,18 @@ class Prediction:
     @property
     def step_s(self) -> float:
         """Seconds of a step as planned."""
-        return self.rest_s + math.fsum(site.planned_s for site in self.sites.values())
+        return self.rest_as_planned_s + math.fsum(site.planned_s for site in self.sites.values())
 
     @property
     def ceiling_s(self) -> float:
         """Seconds of a step if every approximated site cost nothing (Amdahl)."""
         left = (site.exact_s for site in self.sites.values() if not site.approximated)
-        return self.rest_s + math.fsum(left)
+        return self.rest_as_planned_s + math.fsum(left)
+
+    @property
+    def rest_as_planned_s(self) -> float:
+        """Seconds of a step as planned that no site takes."""
+        return self.rest_s if self.planned_rest_s is None else self.planned_rest_s
 
     @property
     def tau(self) -> float | None:
@@ -138,7 +145,9 @@ class Prediction:
         }
         points = tuple(Point(**point) for point in record["frontier"])
         figures = {name: float(record[name]) for name in ("rest_s", "variance", "square")}
-        return cls(sites=sites, frontier=points, **figures)
+        # Plans of earlier versions have none.
+        planned_rest_s = record.get("planned_rest_s")
+        return cls(sites=sites, frontier=points, planned_rest_s=planned_rest_s, **figures)
 
 
 def predict(
@@ -164,8 +173,7 @@ def predict(
         analysis, {name: [(r.method, r.params)] for name, r in planned.items()}
     )
     propagation = Propagation(table, reach_of(analysis.flow, analysis.sites))
-    rest_s, seen = pricing.rest().seconds, set[str]()
-    sites = {}
+    seen, sites = set[str](), {}
     for site in analysis.sites:
         exact = pricing.exact(site)
         figures = SitePrediction(exact.seconds, exact.source, exact.seconds, exact.source)
@@ -188,8 +196,30 @@ def predict(
                 density=_density(chosen, table),
             )
         sites[site.id] = replace(figures, others=(others or {}).get(site.id, ()))
-    points = tuple(replace(p, seconds=p.seconds + rest_s) for p in thinned(frontier))
-    return Prediction(sites, rest_s, propagation.variance, propagation.square, points)
+    rest_s, share = pricing.rest().seconds, _approximated_share(sites.values())
+    planned_rest_s = pricing.rest(share).seconds
+    found = Prediction(
+        sites, rest_s, propagation.variance, propagation.square, planned_rest_s=planned_rest_s
+    )
+    return replace(found, frontier=_whole_steps(thinned(frontier), found))
+
+
+def _approximated_share(sites: Iterable[SitePrediction]) -> float:
+    """Return the share of the products' exact time that is approximated."""
+    known = list(sites)
+    whole = math.fsum(site.exact_s for site in known)
+    return _share(math.fsum(site.exact_s for site in known if site.approximated), whole)
+
+
+def _whole_steps(points: Sequence[Point], plan: Prediction) -> tuple[Point, ...]:
+    """Return points in seconds of whole steps; the rest of a step falls as products do."""
+    exact_s = plan.exact_step_s - plan.rest_s
+    fall = _share(
+        plan.rest_s - plan.rest_as_planned_s, exact_s - (plan.step_s - plan.rest_as_planned_s)
+    )
+    return tuple(
+        replace(p, seconds=p.seconds + plan.rest_s - fall * (exact_s - p.seconds)) for p in points
+    )
 
 
 def _density(chosen: Replacement, table: NoiseTable) -> float | None:
@@ -216,7 +246,11 @@ def joined(predictions: Sequence[Prediction]) -> Prediction | None:
             tau = None if site.tau is None else site.tau * shares[0]
             bias = None if site.bias is None else site.bias * shares[1]
             sites[name] = replace(site, tau=tau, bias=bias)
-    return Prediction(sites, math.fsum(p.rest_s for p in predictions), variance, square)
+    rest_s, planned_rest_s = (
+        math.fsum(rests)
+        for rests in zip(*((p.rest_s, p.rest_as_planned_s) for p in predictions), strict=True)
+    )
+    return Prediction(sites, rest_s, variance, square, planned_rest_s=planned_rest_s)
 
 
 def thinned(points: Sequence[Point], count: int = _POINTS) -> tuple[Point, ...]:

@@ -71,7 +71,7 @@ class Pricing(Protocol):
     def approximate(self, site: Site, method: Method, params: Any) -> Price:
         """Return the price of a product by a method."""
 
-    def rest(self) -> Price:
+    def rest(self, approximated: float = 0.0) -> Price:
         """Return the price of all that is no product, the optimizer excluded."""
 
     def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
@@ -141,13 +141,26 @@ class HardwarePricing:
         factor = self._price(exact).seconds / self._predicted(exact).seconds
         return _scaled(price, price.seconds * factor)
 
-    def rest(self) -> Price:
-        """Return the price of all that is no product, the optimizer excluded."""
-        fused = (
-            kernels_of.mover("fused", Cost(0, moved, 0), "float32")
-            for moved in self.analysis.rest_bytes
+    def rest(self, approximated: float = 0.0) -> Price:
+        """Return the price of all that is no product, the optimizer excluded.
+
+        Exact products fill the caches with their operands, approximations with a quarter of that,
+        or less, and what was computed just before is still there. Under 8-bit gradients the
+        generated code of ResNet-20 took 41 ms, in an exact step 59; that of ResNet-18, whose maps
+        are larger than the cache of 32 MB, 0.93 to 0.99 of what it took.
+
+        Args:
+            approximated: share of the products' exact time that is approximated.
+        """
+        shares = zip(kernels_of.FUSED, (1 - approximated, approximated), strict=True)
+        return Price(
+            sum(share * self._rest_s(kind) for kind, share in shares if share), {}, self.source
         )
-        return Price(seconds(fused, self.hardware), {}, self.source)
+
+    def _rest_s(self, kind: str) -> float:
+        moved = self.analysis.rest_bytes
+        kernels = (kernels_of.mover(kind, Cost(0, count, 0), "float32") for count in moved)
+        return seconds(kernels, self.hardware)
 
     def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
         """Time what is compared, as far as there is time; return whether a price changed.

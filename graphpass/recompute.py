@@ -39,6 +39,11 @@ class Recomputation:
         return calls[position] if position < len(calls) else fresh()
 
 
+def repeats() -> bool:
+    """Return whether a checkpoint is running again what was run before."""
+    return torch._C._current_graph_task_id() != -1 and _region() is not None
+
+
 def _region() -> _CheckpointFrame | None:
     """Return what a non-reentrant checkpoint keeps of the region that is running, if one is.
 

@@ -30,7 +30,7 @@ def keep_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _NEVER)
 
 
-def best_s(run: Callable[[], object], limit_s: float) -> float:
+def best_s(run: Callable[[], object], limit_s: float, warm: bool = False) -> float:
     """Return the seconds of the fastest of several calls, after one that does not count.
 
     Before each call the caches are filled with something else: in a training step, what a product
@@ -41,12 +41,14 @@ def best_s(run: Callable[[], object], limit_s: float) -> float:
     Args:
         run: what is timed.
         limit_s: when to stop calling it.
+        warm: whether the caches are left as the call before left them.
     """
     end = time.perf_counter() + limit_s
     run()
     best, calls = float("inf"), 0
     while calls < _LEAST_CALLS or (calls < _MOST_CALLS and time.perf_counter() < end):
-        _other_data().add_(1)
+        if not warm:
+            _other_data().add_(1)
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)

@@ -64,7 +64,9 @@ BATCHES = ((192, 48, 48, 48), (384, 48, 48, 24), (96, 192, 48, 192), (96, 192, 1
 # Samples, heads, positions and channels a head of attention.
 ATTENTIONS = ((96, 4, 48, 48), (96, 3, 96, 64), (24, 6, 192, 64), (8, 4, 512, 32))
 # Maps that are normalised, larger and smaller than a processor's cache.
-NORMALISED = ((96, 64, 28, 28), (96, 64, 7, 7))
+NORMALISED = (
+    (96, 64, 28, 28), (96, 16, 56, 56), (96, 16, 28, 28), (96, 32, 14, 14), (96, 64, 7, 7),
+)  # fmt: skip
 # Bytes of what is only moved, from what a call costs more than to what no cache holds.
 MOVED_BYTES = tuple(3 * 2**power for power in range(11, 28, 2))
 
@@ -77,11 +79,13 @@ class Workload:
         kernel: what it is to the cost model.
         run: runs it once.
         count: how many such kernels that runs.
+        warm: whether it finds its operands in the caches, if they fit.
     """
 
     kernel: KernelCost
     run: Run
     count: int = 1
+    warm: bool = False
 
 
 Make = Callable[[], list[Workload]]
@@ -139,7 +143,8 @@ def fused() -> list[Workload]:
     """Return batch normalisation with ReLU, forward and backward, as Inductor compiles it.
 
     It stands for all that a step computes and that is no product: several kernels that read large
-    tensors point by point and reduce them. Each counts as one of their mean size.
+    tensors point by point and reduce them. Each counts as one of their mean size. What is in the
+    caches before makes a difference: see `HardwarePricing.rest`.
     """
     made = []
     for shape in NORMALISED:
@@ -153,8 +158,10 @@ def fused() -> list[Workload]:
         moved = traffic.kernel_bytes(traced.graph)
         large = [count for count in moved if count > x.nbytes]
         cost = Cost(0, sum(moved) // len(large), 0)
-        kernel = kernels_of.mover("fused", cost, "float32")
-        made.append(Workload(kernel, partial(run, x, grad), len(large)))
+        for kind in kernels_of.FUSED:
+            kernel = kernels_of.mover(kind, cost, "float32")
+            warm = kind == kernels_of.FUSED_WARM
+            made.append(Workload(kernel, partial(run, x, grad), len(large), warm))
     return made
 
 

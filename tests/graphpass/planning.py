@@ -52,6 +52,8 @@ class Prices:
         default_factory=lambda: {"int8": 0.6, "prune": 0.7, "pixels": 0.4, "phase": 0.45}
     )
     rest_s: float = 0.0
+    # Of the rest, what is left where everything is approximated.
+    warm: float = 1.0
 
     def exact(self, site: Site) -> Price:
         return Price(1.0 + site.layer / 100, {}, "calibrated")
@@ -61,8 +63,9 @@ class Prices:
         shared = {f"{site.name}:g": 0.25} if method.name == "int8" else {}
         return Price(self.exact(site).seconds * part, shared, "calibrated")
 
-    def rest(self) -> Price:
-        return Price(self.rest_s, {}, "calibrated")
+    def rest(self, approximated: float = 0.0) -> Price:
+        part = 1 - approximated * (1 - self.warm)
+        return Price(self.rest_s * part, {}, "calibrated")
 
     def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
         return False

@@ -16,6 +16,7 @@ from graphpass.errors import Reason
 from graphpass.method import methods
 from graphpass.noise import LocalNoise, NoiseTable, key_of
 from graphpass.planner import make_plan
+from graphpass.prediction import Prediction
 from graphpass.site import Gradient
 from tests.graphpass.planning import Prices, chain, conv_layer
 
@@ -93,6 +94,21 @@ def test_work_that_is_shared_is_counted_once() -> None:
         "conv1:weight": None,
         **{f"conv{n}:{g}": "int8" for n in (2, 3) for g in ("input", "weight")},
     }
+
+
+def test_the_rest_of_a_step_as_planned_is_shorter_where_caches_hold_more() -> None:
+    found = planned(budget=1.0, methods=["int8"], prices=Prices(rest_s=3.0, warm=0.5)).prediction
+    assert found is not None and found.planned_rest_s is not None
+    chosen = [site.exact_s for site in found.sites.values() if site.approximated]
+    share = sum(chosen) / (found.exact_step_s - 3.0)
+    assert 0 < share < 1 and found.planned_rest_s == pytest.approx(3.0 * (1 - share / 2))
+    products = sum(site.planned_s for site in found.sites.values())
+    assert found.step_s == pytest.approx(products + found.planned_rest_s)
+    # The plan is a corner of the frontier, and exact is one.
+    seconds = {point.tau: point.seconds for point in found.frontier}
+    assert seconds[0.0] == pytest.approx(found.exact_step_s)
+    assert seconds[found.frontier[-1].tau] == pytest.approx(found.step_s)
+    assert Prediction.from_dict(found.to_dict()) == found
 
 
 def test_speedups_that_are_impossible_say_what_is_possible() -> None:

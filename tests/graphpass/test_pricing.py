@@ -82,6 +82,18 @@ def test_a_calibration_prices_what_it_measured() -> None:
     assert prices.rest().seconds == pytest.approx(2.0, rel=0.01)
 
 
+def test_the_rest_of_a_step_finds_more_in_the_caches_the_more_is_approximated() -> None:
+    size = 10**8
+    found = [
+        Measurement(kind, "float32", {"bytes": 1.0 * size}, 0, size, parts * size / 1e9)
+        for kind, parts in zip(kernels_of.FUSED, (2.0, 1.2), strict=True)
+    ]
+    calibration.store([*_measurements(), *found], THREADS)
+    prices = pricing.of(Analysis((), rest_bytes=(size, size)), THREADS)
+    for share, parts in ((0.0, 2.0), (0.5, 1.6), (1.0, 1.2)):
+        assert prices.rest(share).seconds == pytest.approx(parts * 2 * size / 1e9, rel=0.01)
+
+
 def test_a_symbolic_size_is_priced_by_its_hint() -> None:
     prices, size = _calibrated(), sympy.Symbol("s0", integer=True, positive=True)
     for gradient in Gradient:
@@ -269,8 +281,7 @@ def test_timing_ends_with_its_time_and_failures_change_nothing(
     assert not _calibrated().confirm(itertools.pairwise(ways))
     # What is compared is timed together.
     assert tried == [way[0] for way in ways[:2]]
-    said = [text.partition(":")[2] for text in logged]
-    assert said == [" no room", " no room", " there is no time left"]
+    assert logged == [f"could not time {way[0].id}: no room" for way in ways[:2]]
     assert _calibrated().exact(tried[0]).source == "calibrated"
 
 

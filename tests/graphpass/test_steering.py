@@ -47,7 +47,7 @@ class Cheap:
         del site, method, params
         return Price(0.5, {}, "calibrated")
 
-    def rest(self) -> Price:
+    def rest(self, approximated: float = 0.0) -> Price:
         return Price(1.0, {}, "calibrated")
 
     def confirm(self, doubtful: Any) -> bool:
@@ -150,7 +150,7 @@ def test_a_run_is_measured_and_goes_on_bit_for_bit() -> None:
 class Idle(Cheap):
     """Prices at which the products are a thousandth of a step."""
 
-    def rest(self) -> Price:
+    def rest(self, approximated: float = 0.0) -> Price:
         return Price(6000.0, {}, "calibrated")
 
 
