@@ -13,8 +13,10 @@ from graphpass.selection import savings
 from graphpass.timings import Way
 
 
-def doubts(menus: Sequence[Menu], picks: Sequence[Candidate | None]) -> list[tuple[Way, Way]]:
-    """Return pairs of ways whose prices should be known better, those first that matter most.
+def doubts(menus: Sequence[Menu], picks: Sequence[Candidate | None]) -> list[tuple[Way, ...]]:
+    """Return ways whose prices should be known better, decision by decision, the dearest first.
+
+    Exact is among them throughout: what is timed at one time is compared with its like.
 
     Args:
         menus: what can be chosen for each site.
@@ -29,9 +31,13 @@ def doubts(menus: Sequence[Menu], picks: Sequence[Candidate | None]) -> list[tup
                 stakes.append((_error(menu, pick) + _error(menu, rival) + gain, number, rival))
     close = sorted((entry for entry in stakes if entry[0] > 0), key=lambda entry: -entry[0])
     return [
-        (_way(menus[number], picks[number]), _way(menus[number], rival))
+        tuple(_way(menus[number], way) for way in (None, *_given(picks[number], rival)))
         for _, number, rival in close
     ]
+
+
+def _given(*ways: Candidate | None) -> list[Candidate]:
+    return [way for way in ways if way is not None]
 
 
 def _rivals(

@@ -52,7 +52,8 @@ def analyses(
     Raises:
         ConfigError: as `plan` does.
     """
-    return tuple(_planned(model, inputs, loss, Options()).analyses)
+    # Exact: nothing is to be priced, nor timed.
+    return tuple(_planned(model, inputs, loss, Options(budget=0)).analyses)
 
 
 def _planned(

@@ -9,7 +9,8 @@ So a product that the vendor's library computes faster stays with it.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class Pricing(Protocol):
     def rest(self, approximated: float = 0.0) -> Price:
         """Return the price of all that is no product, the optimizer excluded."""
 
-    def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
+    def confirm(self, doubtful: Iterable[Sequence[Way]]) -> bool:
         """Time what is compared, as far as there is time; return whether a price changed."""
 
 
@@ -162,24 +163,36 @@ class HardwarePricing:
         kernels = (kernels_of.mover(kind, Cost(0, count, 0), "float32") for count in moved)
         return seconds(kernels, self.hardware)
 
-    def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
+    def confirm(self, doubtful: Iterable[Sequence[Way]]) -> bool:
         """Time what is compared, as far as there is time; return whether a price changed.
 
         Nothing is timed where other processes train the same model: they would plan differently.
 
         Args:
-            doubtful: pairs of ways to compute a product, in the order of their importance.
+            doubtful: ways to compute a product that are compared, in the order of importance.
         """
         before = len(self.timings.seconds)
-        for pair in doubtful if self.can_time else ():
+        if self.can_time and self._left_s > 0:
+            gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+            # A graph is planned in the midst of being compiled: what is traced, and on which
+            # stand-ins, belongs to the thread that traces.
+            with ThreadPoolExecutor(1, thread_name_prefix="graphpass-timing") as apart:
+                apart.submit(self._time, doubtful, gpu).result()
+        return len(self.timings.seconds) > before
+
+    def _time(self, doubtful: Iterable[Sequence[Way]], gpu: int | None) -> None:
+        """Time what is compared, in a thread that is new: it has no device and threads yet."""
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        torch.set_num_threads(self.timings.threads)
+        for ways in doubtful:
             if self._left_s <= 0:
-                log.info("%s keeps a doubtful price: there is no time left", pair[0][0].id)
+                log.info("%s keeps a doubtful price: there is no time left", ways[0][0].id)
                 break
             start = time.perf_counter()
-            for way in pair:
-                self.timings.measure(way)
+            for way in ways:
+                self.timings.measure(way, self._kernels(way), self._kernel_s)
             self._left_s -= time.perf_counter() - start
-        return len(self.timings.seconds) > before
 
     @property
     def can_time(self) -> bool:
@@ -199,12 +212,15 @@ class HardwarePricing:
         return replace(_scaled(predicted, measured), source="measured", error=0.0)
 
     def _predicted(self, way: Way) -> Price:
-        site, method, params = way
-        bound = self._bound(method.cost(site, params) if method else kernels_of.exact(site))
+        bound = self._kernels(way)
         times = [(kernel.shared, self._kernel_s(kernel)) for kernel in counted_once(bound)]
         shared = {name: kernel_s for name, kernel_s in times if name}
         whole = sum(kernel_s for _, kernel_s in times)
         return Price(whole, shared, self.source, self._error(bound))
+
+    def _kernels(self, way: Way) -> list[KernelCost]:
+        site, method, params = way
+        return self._bound(method.cost(site, params) if method else kernels_of.exact(site))
 
     def _kernel_s(self, kernel: KernelCost) -> float:
         ours = self.analysis.device == "cpu" and kernel.kind in kernels()

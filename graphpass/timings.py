@@ -1,15 +1,14 @@
 """Products timed on this machine, each once, and remembered between processes.
 
-A product is told from others by what its time depends on, not by which layer of a model it is.
-Products are timed in the midst of compiling a model, on real operands: in a thread of its own, as
-what is being traced, and on which stand-ins, belongs to the thread that traces. What cannot be
-timed here, for want of memory, say, keeps the price that is predicted.
+A product is told from others by what its time depends on, not by which layer of a model it is. On a
+CPU a method takes what its kernels take, one by one, like those that were calibrated: run as a
+whole without being compiled, every small operation between them would meet cold caches, which it
+does not where it is fused. What cannot be timed here keeps the price that is predicted.
 """
 
 import json
 import logging
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from codegen.cache import cache_dir, write_atomically
 from codegen.gpu import choice
+from cost_model import KernelCost, counted_once
 from graphpass import calibration, fingerprint, trial
 from graphpass.method import Method
 from graphpass.site import Site
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 # A product, and what computes it: a method with its parameters, or the vendor (None).
 Way = tuple[Site, Method | None, Any]
-# How long a product is called again and again to be timed.
+PriceOf = Callable[[KernelCost], float]
+# How long a kernel is called again and again to be timed.
 _CALLS_S = 0.05
 
 
@@ -65,39 +66,47 @@ class Timings:
         """Return the seconds of a product; None if it was not timed."""
         return self.seconds.get(self.key(way))
 
-    def measure(self, way: Way) -> None:
-        """Time a product, if that was not done, and remember it."""
+    def measure(self, way: Way, kernels: Sequence[KernelCost], price: PriceOf) -> None:
+        """Time a product, if that was not done, and remember it.
+
+        Args:
+            way: the product, and what computes it.
+            kernels: what that runs, with all sizes known.
+            price: what kernels are predicted to take; for those that are not ours.
+        """
         key = self.key(way)
         if key in self.seconds:
             return
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="graphpass-timing") as apart:
-                self.seconds[key] = apart.submit(self._time, way, _current_gpu()).result()
+            with torch.no_grad():
+                found = self._time(way, kernels, price)
         except (RuntimeError, MemoryError) as error:
             log.warning("could not time %s: %s", way[0].id, error)
             return
-        _store(self.seconds, self.device, self.threads)
+        if found is not None:
+            self.seconds[key] = found
+            _store(self.seconds, self.device, self.threads)
 
-    def _time(self, way: Way, gpu: int | None) -> float:
+    def _time(self, way: Way, kernels: Sequence[KernelCost], price: PriceOf) -> float | None:
+        """Return the seconds of a product; None where none of its kernels can be timed alone."""
         site, method, params = way
-        # Both belong to a thread, and this one is new.
-        if self.device == "cpu":
-            torch.set_num_threads(self.threads)
-        elif gpu is not None:
-            torch.cuda.set_device(gpu)
         known = trial.bound(site, self.hints)
         given = trial.operands(known, self.device)
-        if method is None:
+        if self.device != "cpu":
             run = trial.exact(known, given)
-        else:
-            # Compiling every candidate would take minutes.
-            run = trial.uncompiled(known, method, params, given)
-        with torch.no_grad():
-            return best_s(run, _CALLS_S) if self.device == "cpu" else choice.seconds_of(run)
-
-
-def _current_gpu() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_available() else None
+            if method is not None:
+                # Compiling every candidate would take minutes.
+                run = trial.uncompiled(known, method, params, given)
+            return choice.seconds_of(run)
+        if method is None:
+            return best_s(trial.exact(known, given), _CALLS_S)
+        calls = trial.kernel_calls(known, method, params, given)
+        if not calls:
+            return None
+        return sum(
+            best_s(calls[kernel.kind].pop(0), _CALLS_S) if calls.get(kernel.kind) else price(kernel)
+            for kernel in counted_once(kernels)
+        )
 
 
 def _path(device: str, threads: int) -> Path:

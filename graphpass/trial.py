@@ -7,7 +7,7 @@ images are channels_last, as Inductor has them on a CPU whatever the model's for
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import sympy
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cost_model import Shape
 from graphpass.method import Method, salt_of
@@ -136,6 +137,37 @@ def uncompiled(site: Site, method: Method, params: Any, given: Mapping[str, Tens
             return lowered(seed, *values)
 
     return run
+
+
+def kernel_calls(
+    site: Site, method: Method, params: Any, given: Mapping[str, Tensor]
+) -> dict[str, list[Run]]:
+    """Return what calls each kernel of ours that a method is lowered to, by kind, in their order.
+
+    Arguments are those that the kernels get from each other; on fake tensors nothing is run, but
+    the kernels begin to be built.
+    """
+    lowered, seed, values = _lowered(site, method, params, given)
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        lowered(seed, *values)
+    return recorder.calls
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the calls of our kernels, and lets everything happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Run]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "approx":
+            name = func._schema.name.split("::")[1]
+            self.calls.setdefault(name, []).append(partial(func, *args))
+        return func(*args, **(kwargs or {}))
 
 
 def _lowered(

@@ -1,7 +1,7 @@
 """Graphs and prices that tests of the planner are about, without a model and a machine."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,5 +67,5 @@ class Prices:
         part = 1 - approximated * (1 - self.warm)
         return Price(self.rest_s * part, {}, "calibrated")
 
-    def confirm(self, doubtful: Iterable[tuple[Way, Way]]) -> bool:
+    def confirm(self, doubtful: Iterable[Sequence[Way]]) -> bool:
         return False

@@ -261,8 +261,9 @@ def test_a_method_is_timed_with_what_it_shares(monkeypatch: pytest.MonkeyPatch) 
     prices.confirm([(way, way)])
     price = prices.approximate(site, method, method.params())
     assert price.source == "measured" and 0 < sum(price.shared.values()) < price.seconds
-    [[product]] = results
-    assert product.shape == (CHANNELS, CHANNELS)
+    # Each operand's largest magnitude and its bytes, then their product.
+    *_, product = results
+    assert len(results) == 5 and product.numel() == CHANNELS**2
 
 
 def test_timing_ends_with_its_time_and_failures_change_nothing(
@@ -270,8 +271,8 @@ def test_timing_ends_with_its_time_and_failures_change_nothing(
 ) -> None:
     tried: list[Site] = []
 
-    def time(self: Any, way: Any, gpu: int | None) -> float:
-        del self, gpu
+    def time(self: Any, way: Any, *_: Any) -> float:
+        del self
         tried.append(way[0])
         raise MemoryError("no room")
 
@@ -325,8 +326,8 @@ def test_what_a_gpu_would_approximate_is_timed_before_it_is_planned(
     analysis = replace(chain(layers), device="cuda")
     timed: list[tuple[str, str]] = []
 
-    def time(self: Any, way: Any, gpu: int | None) -> float:
-        del self, gpu
+    def time(self: Any, way: Any, *_: Any) -> float:
+        del self
         site, method, _ = way
         timed.append((site.id, method.name if method else "exact"))
         return 1.0 if method is None else 2.0 if site.gradient is Gradient.INPUT else 0.5
@@ -427,7 +428,7 @@ def test_calibrating_measures_writes_and_shows(
     monkeypatch.setattr(workloads, "ATTENTIONS", ((2, 2, 8, 16),))
     monkeypatch.setattr(workloads, "MOVED_BYTES", (96, 9600))
     monkeypatch.setattr(workloads, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(workloads, "NORMALISED", ())
+    monkeypatch.setattr(workloads, "NORMALISED", {})
     monkeypatch.setattr(calibrate, "_CALLS_S", 0.0)
     monkeypatch.setattr(timing, "_CACHE_BYTES", 64)
     assert __main__.main(["calibrate", "--threads", "1", "--seconds", "1"]) == 0
