@@ -160,8 +160,8 @@ class HardwarePricing:
 
     def _rest_s(self, kind: str) -> float:
         moved = self.analysis.rest_bytes
-        kernels = (kernels_of.mover(kind, Cost(0, count, 0), "float32") for count in moved)
-        return seconds(kernels, self.hardware)
+        fused = (kernels_of.mover(kind, Cost(0, count, 0), "float32") for count in moved)
+        return seconds(fused, self.hardware)
 
     def confirm(self, doubtful: Iterable[Sequence[Way]]) -> bool:
         """Time what is compared, as far as there is time; return whether a price changed.

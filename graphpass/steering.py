@@ -127,7 +127,7 @@ def names_of(
 def _could_pay(part: Part, offers: Sequence[Replacement], pricing: Pricing) -> bool:
     """Return whether the planner would approximate anything if no candidate added any noise.
 
-    If not, measuring noise changes nothing, and takes time: of a small perceptron, a twentieth.
+    If not, measuring noise changes nothing, and takes time: rounds of it, and something every step.
     """
     nothing = LocalNoise(0.0, 0.0, 1.0)
     entries = {key_of(r.site.id, r.method.name, r.params): nothing for r in offers}
