@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from graphpass.errors import ConfigError
+from graphpass.method import Method
 from graphpass.products import Replacement
-from graphpass.state import Slot
+from graphpass.state import SiteState, Slot
 
 
 def slots_of(replacements: Iterable[Replacement]) -> dict[str, Slot]:
@@ -33,8 +34,31 @@ def key_of(replacement: Replacement, slot: Slot) -> str:
     return f"{replacement.site.id} {replacement.method.name} {params} {slot.name}"
 
 
+def settle(parts: Iterable["Kept"], step: int) -> None:
+    """Let methods decide what concerns several layers, before the first call of a step.
+
+    Args:
+        parts: what is kept of all parts of a model.
+        step: the step that begins.
+    """
+    found: dict[str, tuple[Method, list[SiteState]]] = {}
+    for part in parts:
+        for replacement in part.planned:
+            method = replacement.method
+            if method.settle is not None and (kept := part.of_site(replacement)):
+                _, sites = found.setdefault(method.name, (method, []))
+                sites.append(SiteState(replacement.site, replacement.params, kept))
+    for method, sites in found.values():
+        assert method.settle is not None
+        method.settle(step, sites)
+
+
 class Kept:
-    """The tensors of one part of a model."""
+    """The tensors of one part of a model.
+
+    Attributes:
+        planned: what is approximated in it.
+    """
 
     def __init__(self, saved: Mapping[str, Tensor]) -> None:
         """Keep nothing yet.
@@ -42,13 +66,15 @@ class Kept:
         Args:
             saved: what another run kept; used once there is a place for it.
         """
+        self.planned: tuple[Replacement, ...] = ()
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
         self._saved = saved
 
     def adopt(self, replacements: Iterable[Replacement], device: torch.device) -> None:
         """Make room for the state of what is planned now; drop the rest."""
-        before, self._slots = self._slots, slots_of(replacements)
+        self.planned = tuple(replacements)
+        before, self._slots = self._slots, slots_of(self.planned)
         self._tensors = {
             key: self._tensors[key] if before.get(key) == slot else slot.fresh(device)
             for key, slot in self._slots.items()
@@ -59,6 +85,11 @@ class Kept:
     def of(self, replacements: Iterable[Replacement]) -> tuple[Tensor, ...]:
         """Return the tensors of some products, in the order of `slots_of`."""
         return tuple(self._tensors[key] for key in slots_of(replacements))
+
+    def of_site(self, replacement: Replacement) -> dict[str, Tensor]:
+        """Return the tensors of one product by the names of their slots."""
+        slots = replacement.method.state(replacement.site, replacement.params)
+        return {slot.name: self._tensors[key_of(replacement, slot)] for slot in slots}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of all tensors."""
