@@ -70,10 +70,11 @@ class Kept:
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
         self._saved = saved
+        self._device = torch.device("cpu")
 
     def adopt(self, replacements: Iterable[Replacement], device: torch.device) -> None:
         """Make room for the state of what is planned now; drop the rest."""
-        self.planned = tuple(replacements)
+        self.planned, self._device = tuple(replacements), device
         before, self._slots = self._slots, slots_of(self.planned)
         self._tensors = {
             key: self._tensors[key] if before.get(key) == slot else slot.fresh(device)
@@ -83,8 +84,14 @@ class Kept:
             self.load_state_dict(self._saved)
 
     def of(self, replacements: Iterable[Replacement]) -> tuple[Tensor, ...]:
-        """Return the tensors of some products, in the order of `slots_of`."""
-        return tuple(self._tensors[key] for key in slots_of(replacements))
+        """Return the tensors of some products, in the order of `slots_of`.
+
+        The model may have been compiled again with other options, and run as it was before.
+        """
+        for key, slot in (slots := slots_of(replacements)).items():
+            if key not in self._slots:
+                self._slots[key], self._tensors[key] = slot, slot.fresh(self._device)
+        return tuple(self._tensors[key] for key in slots)
 
     def of_site(self, replacement: Replacement) -> dict[str, Tensor]:
         """Return the tensors of one product by the names of their slots."""
