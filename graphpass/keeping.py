@@ -43,14 +43,11 @@ def settle(parts: Iterable["Kept"], step: int) -> None:
     """
     found: dict[str, tuple[Method, list[SiteState]]] = {}
     for part in parts:
-        for replacement in part.planned:
-            method = replacement.method
-            if method.settle is not None and (kept := part.of_site(replacement)):
-                _, sites = found.setdefault(method.name, (method, []))
-                sites.append(SiteState(replacement.site, replacement.params, kept))
-    for method, sites in found.values():
+        for method, state in part.settled:
+            found.setdefault(method.name, (method, []))[1].append(state)
+    for method, states in found.values():
         assert method.settle is not None
-        method.settle(step, sites)
+        method.settle(step, states)
 
 
 class Kept:
@@ -58,6 +55,7 @@ class Kept:
 
     Attributes:
         planned: what is approximated in it.
+        settled: the state of sites whose methods have something to settle between steps.
     """
 
     def __init__(self, saved: Mapping[str, Tensor]) -> None:
@@ -67,6 +65,7 @@ class Kept:
             saved: what another run kept; used once there is a place for it.
         """
         self.planned: tuple[Replacement, ...] = ()
+        self.settled: list[tuple[Method, SiteState]] = []
         self._slots: dict[str, Slot] = {}
         self._tensors: dict[str, Tensor] = {}
         self._saved = saved
@@ -80,6 +79,11 @@ class Kept:
             key: self._tensors[key] if before.get(key) == slot else slot.fresh(device)
             for key, slot in self._slots.items()
         }
+        self.settled = [
+            (replacement.method, SiteState(replacement.site, replacement.params, kept))
+            for replacement in self.planned
+            if replacement.method.settle is not None and (kept := self.of_site(replacement))
+        ]
         if self._saved:
             self.load_state_dict(self._saved)
 

@@ -48,7 +48,7 @@ from graphpass.largest import (
 )
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.outer_pairs import OuterChannels, of_columns
-from graphpass.pairs import ChannelPairs, MatrixPairs, exact, scattered, wide
+from graphpass.pairs import ChannelPairs, MatrixPairs, exact, placed, wide
 from graphpass.rows import as_maps
 from graphpass.site import Gradient, Site
 from graphpass.sparsity import Params
@@ -214,8 +214,9 @@ def _of_channels(
         return kind(site, template, (first, second)).sampled(index, None, False)
     if site.conv is None:
         columns = index.squeeze(0)
-        return scattered(template, 1, columns, of_columns(site, first, second, columns))
-    return OuterChannels(site, template, (first, second, second)).sampled(index, None, False)
+        return placed(template, 1, columns, of_columns(site, first, second, columns))
+    part = OuterChannels(site, template, (first, second, second)).part(index)
+    return placed(template, 1, index.squeeze(0), part)
 
 
 def _of_large(
