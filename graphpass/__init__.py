@@ -12,6 +12,7 @@ from graphpass.recipes import recipe
 from graphpass.report import Report, Row, reports
 from graphpass.schedule import Schedule
 from graphpass.session import Session, session
+from graphpass.sparse import sparse_model, sparse_weights
 from graphpass.tune import Tuned, tune
 
 __all__ = [
@@ -32,5 +33,7 @@ __all__ = [
     "recipe",
     "reports",
     "session",
+    "sparse_model",
+    "sparse_weights",
     "tune",
 ]

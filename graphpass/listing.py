@@ -5,9 +5,21 @@ from rich.table import Table
 from codegen.kernel import kernels
 from graphpass.method import Method, methods
 from graphpass.site import ConvGeometry, Gradient, Site
+from graphpass.state import no_state
 
-COLUMNS = ("method", "what it computes", "gradients", "unbiased", "adds on ResNet-20", "by", "from")
+COLUMNS = (
+    "method",
+    "what it computes",
+    "gradients",
+    "unbiased",
+    "keeps state",
+    "adds on ResNet-20",
+    "by",
+    "fast on CPU, GPU",
+    "from",
+)
 _PLAIN = "torch, vendor's library"
+_KNOWN = {True: "yes", False: "no", None: "not measured"}
 # Of ResNet-20, a middle layer at batch 128: channels and output pixels.
 _X, _WEIGHT = (128, 32, 16, 16), (32, 32, 3, 3)
 
@@ -24,8 +36,10 @@ def rows() -> list[tuple[str, ...]]:
             method.summary,
             ", ".join(method.gradients),
             "yes" if method.unbiased else "no",
+            _state(method),
             _added(method),
             _computed_by(method),
+            f"{_KNOWN[method.fast_on_cpu]}, {_KNOWN[method.fast_on_gpu]}",
             method.source,
         )
         for name, method in methods().items()
@@ -46,6 +60,13 @@ def table() -> Table:
     for row in rows():
         shown.add_row(*row)
     return shown
+
+
+def _state(method: Method) -> str:
+    """Return whether it keeps tensors from step to step: always, by some parameters, or never."""
+    if any(method.state(_site(gradient), method.params()) for gradient in method.gradients):
+        return "yes"
+    return "no" if method.state is no_state else "by option"
 
 
 def _added(method: Method) -> str:

@@ -5,7 +5,7 @@ planned, reported and run through the contract tests without an edit anywhere el
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from torch import Tensor
 from cost_model import KernelCost
 from graphpass.errors import ConfigError, Rejected
 from graphpass.site import Gradient, Site
-from graphpass.state import Slot, no_state
+from graphpass.state import SiteState, Slot, no_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,14 @@ class Method:
         kernels: names of the kernels that compute it on a GPU, where a CPU has the vendor's.
         state: (site, params) -> what is kept of the site from step to step; `reference` and `lower`
             get a `State` as `state=` where that is anything.
+        settle: (step, all sites that have state) changes it in place before the first call of every
+            step; for what is decided over layers. No part of a compiled graph.
+        weights: (site, params, second operand, state=) -> that operand of a forward product as it
+            is used; None for a method that leaves no weights out.
+        fast_on_cpu: whether its weight gradient, or else what it can do, takes less time than the
+            vendor's exact one in most layers that were measured (`benchmarks/layers.py`; by what it
+            saves of a step where that does not apply); None where that was not measured.
+        fast_on_gpu: the same of a GPU.
     """
 
     name: str
@@ -112,6 +120,10 @@ class Method:
     prior: Callable[[Site, Any], Prior | None] | None = None
     kernels: tuple[str, ...] = ()
     state: Callable[[Site, Any], tuple[Slot, ...]] = no_state
+    settle: Callable[[int, Sequence[SiteState]], None] | None = None
+    weights: Callable[..., Tensor] | None = None
+    fast_on_cpu: bool | None = None
+    fast_on_gpu: bool | None = None
 
     def make_params(self, given: dict[str, Any]) -> Any:
         """Return the parameter record.

@@ -1,8 +1,9 @@
 """One product of a joint graph: its operands, and how to compute it in another way beside it."""
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -176,11 +177,38 @@ def result_sizes(graph: Graph, anchor: Node, site: Site, operands: Operands) -> 
     """Return the sizes of a site's product."""
     if site.conv is not None:
         if site.gradient is Gradient.FORWARD:
-            return size_nodes(graph, anchor, anchor)
+            return _forward_sizes(graph, anchor, operands)
         return size_nodes(graph, anchor, operands["input" if site.result == 0 else "weight"])
     left = size_nodes(graph, anchor, operands["left"])
     right = size_nodes(graph, anchor, operands["right"])
     return [*left[:-1], right[-1]]
+
+
+def _forward_sizes(graph: Graph, node: Node, operands: Operands) -> list[Node | int]:
+    """Return the sizes of a convolution's result, before there is one."""
+    stride, padding, dilation, transposed, beyond, _ = cast("Any", node.args[3:9])
+    known, inputs = joint_graph.value_of(node).shape, size_nodes(graph, node, operands["input"])
+    kernel = joint_graph.value_of(operands["weight"]).shape[2:]
+
+    def of(axis: int) -> Node | int:
+        if isinstance(known[axis], int) or axis == 0:
+            return inputs[0] if axis == 0 else known[axis]
+        i = axis - 2
+        reach, size = dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i], inputs[axis]
+        if transposed:
+            steps = computed(operator.mul, computed(operator.sub, size, 1), stride[i])
+            return computed(operator.add, steps, reach + beyond[i])
+        steps = computed(operator.floordiv, computed(operator.sub, size, reach), stride[i])
+        return computed(operator.add, steps, 1)
+
+    def computed(function: Callable[[Any, Any], Any], one: Node | int, other: int) -> Node:
+        with graph.inserting_before(node):
+            new = graph.call_function(function, (one, other))
+        value = function(one.meta["val"] if isinstance(one, Node) else one, other)
+        new.meta = {"val": value, "partitioner_tag": node.meta.get("partitioner_tag")}
+        return new
+
+    return [of(axis) for axis in range(len(known))]
 
 
 @dataclass(frozen=True, slots=True)

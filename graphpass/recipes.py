@@ -110,9 +110,9 @@ RECIPES = MappingProxyType(
                     f"{_SWAT}, {where}",
                     _products(
                         "swat", "forward", "input", "weight",
-                        sparsity="$sparsity", structure=structure,
+                        sparsity="$sparsity", structure=structure, refresh="$refresh",
                     ),
-                    {"sparsity": sparsity},
+                    {"sparsity": sparsity, "refresh": 1},
                     distribution=distribution,
                 )
                 for name, where, structure, sparsity, distribution in (
@@ -121,6 +121,16 @@ RECIPES = MappingProxyType(
                     ("swat-structured", "table 4, channels of each filter", "filter", 0.5, None),
                     ("swat-channels", "section 3.3.1, for all filters", "channel", 0.5, None),
                 )
+            ),
+            Recipe(
+                "swat-m",
+                f"{_SWAT}, table 2, momentum; by the rule of Dettmers, Zettlemoyer 2019",
+                _products(
+                    "swat", "forward", "input", "weight",
+                    sparsity="$sparsity", distribution="momentum", refresh="$refresh",
+                ),
+                # An epoch of CIFAR-10 at batch 128.
+                {"sparsity": 0.9, "refresh": 390},
             ),
             Recipe(
                 "int8",

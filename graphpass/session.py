@@ -16,7 +16,7 @@ from torch import nn
 from codegen import draws
 from graphpass.budget import Budget, check_budget
 from graphpass.errors import ConfigError
-from graphpass.keeping import Kept
+from graphpass.keeping import Kept, settle
 from graphpass.measuring import Measured, joined
 from graphpass.plan import Plan
 
@@ -242,6 +242,8 @@ class Session:
         if self._counts_forwards and self._calls.get(caller, 0):
             self._step += 1
             self._calls.clear()
+        if not any(self._calls.values()):
+            settle(self._kept.values(), self._step)
         repeat = self._calls.get(caller, 0)
         self._calls[caller] = repeat + 1
         return Turn(self._step, repeat, self._callers[caller])
@@ -267,6 +269,11 @@ class Session:
         if caller not in self._kept:
             self._kept[caller] = Kept(self._saved_of(len(self._kept)))
         return self._kept[caller]
+
+    @property
+    def parts(self) -> tuple[Kept, ...]:
+        """What is planned, and kept, of every part of the model."""
+        return tuple(self._kept.values())
 
     def _saved_of(self, number: int) -> Mapping[str, torch.Tensor]:
         return self._resumed_kept[number] if number < len(self._resumed_kept) else {}

@@ -81,6 +81,8 @@ class Site:
             known, and for what is no gradient of a matrix product.
         outer: axis of such a gradient along which it has what the forward product sums over.
         device: type of device that it is computed on.
+        factor: which of `factors` such a gradient multiplies by; of a weight gradient, the other
+            one is the weight.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Site:
     factors: tuple[str, ...] = ()
     outer: int | None = None
     device: str = "cpu"
+    factor: int | None = None
 
     @property
     def id(self) -> str:
@@ -181,18 +184,26 @@ class _Finder:
             reason = Reason.FUSED
         return [self._site(node, op, gradient, None, reason)]
 
-    def _forward_factors(self, node: Node, op: str) -> tuple[tuple[str, ...], int | None]:
-        """Name the factors of a gradient's forward product, and the axis that comes from them."""
+    def _forward_factors(
+        self, node: Node, op: str
+    ) -> tuple[tuple[str, ...], int | None, int | None]:
+        """Name the factors of a gradient's forward product, and say what comes from them.
+
+        Returns:
+            Their names; the axis of the gradient, and the factor, that it has from one of them.
+        """
         forward = self.forward.get(node.meta.get("seq_nr", -2))
         if forward is None or op not in {"mm", "addmm"} or not joint_graph.is_backward(node):
-            return (), None
-        known = {joint_graph.source_of(factor) for factor in _factors(forward)}
+            return (), None, None
+        known = [joint_graph.source_of(factor) for factor in _factors(forward)]
         # One factor is the gradient of the output; the axis of the other one that is not contracted
         # here is the one that was contracted there.
         shared = [joint_graph.source_of(factor) in known for factor in _factors(node)]
         if sum(shared) != 1:
-            return (), None
-        return tuple(factor.name for factor in _factors(forward)), shared.index(True)
+            return (), None, None
+        axis = shared.index(True)
+        factor = known.index(joint_graph.source_of(_factors(node)[axis]))
+        return tuple(factor.name for factor in _factors(forward)), axis, factor
 
     def _gradient(self, node: Node) -> tuple[Gradient, Reason | None]:
         """Say which gradient a matrix product is: the one with respect to the missing factor."""
@@ -223,7 +234,7 @@ class _Finder:
         path = self.prefix(joint_graph.module_path(forward) or joint_graph.module_path(node))
         value = joint_graph.value_of(_factors(node)[0])
         shapes, output, conv = _shapes(node, op, result)
-        factors, outer = self._forward_factors(node, op)
+        factors, outer, factor = self._forward_factors(node, op)
         return Site(
             name=self.names.get(forward.name, path or _MODEL),
             path=path,
@@ -241,6 +252,7 @@ class _Finder:
             factors=factors,
             outer=outer,
             device=value.device.type,
+            factor=factor,
         )
 
 

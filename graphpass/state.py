@@ -88,6 +88,21 @@ class State:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class SiteState:
+    """What is kept of one site, between two steps.
+
+    Attributes:
+        site: the product.
+        params: parameters of the method that computes it.
+        kept: the tensors by the names of their slots; written to in place.
+    """
+
+    site: "Site"
+    params: Any
+    kept: Mapping[str, Tensor]
+
+
 def no_state(site: "Site", params: Any) -> tuple[Slot, ...]:
     """Keep nothing: the state of most methods."""
     del site, params

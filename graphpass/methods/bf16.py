@@ -156,5 +156,6 @@ register(
         lower=lower,
         samples=samples,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

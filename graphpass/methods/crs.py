@@ -107,5 +107,6 @@ register(
         samples=samples,
         noise=noise,
         kernels=("listed_wgrad", "sampled_channels"),
+        fast_on_cpu=True,
     )
 )

@@ -88,6 +88,7 @@ register(
             lower=lower,
             samples=samples,
             kernels=("listed_wgrad", "sampled_channels"),
+            fast_on_cpu=True,
         )
     )
 )

@@ -178,5 +178,6 @@ register(
         samples=samples,
         noise=noise,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

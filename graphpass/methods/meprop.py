@@ -235,6 +235,7 @@ register(
             reference=reference,
             lower=lower,
             samples=samples,
+            fast_on_cpu=True,
         )
     )
 )

@@ -242,5 +242,6 @@ register(
         noise=noise,
         ladder=ladder,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

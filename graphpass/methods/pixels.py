@@ -350,5 +350,6 @@ register(
         noise=noise,
         ladder=ladder,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

@@ -249,5 +249,6 @@ register(
         noise=noise,
         ladder=ladder,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

@@ -314,5 +314,6 @@ register(
         density=lambda site, params, grad, other: density(grad, params),
         ladder=ladder,
         prior=prior,
+        fast_on_cpu=True,
     )
 )

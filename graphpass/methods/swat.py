@@ -6,7 +6,11 @@ tensor v of which all but the K values of largest magnitude are 0:
     y = x * top_K(w),     dx = g * top_K(w),     dw = g * top_K(x).
 
 Forward and dx use the same weights, as they are chosen from the same tensor; the weight gradient is
-dense, so all weights are updated and the choice can change from step to step.
+dense, so all weights are updated and the choice can change from step to step. `refresh` keeps what
+was chosen (a threshold, of structures the channels) for so many steps, `freeze_after` the weights
+that are used in the last step before; `mask_gradient` leaves the others out of the gradient, too.
+With `distribution="momentum"` (SWAT-M) layers exchange density: `graphpass.largest.exchange`. What
+is kept for that is in the session; nothing is compiled again.
 
 `structure` says what is chosen: "none", single values; "filter", whole input channels of each
 filter by their L1 norm (of activations, single values); "channel", whole input channels for all
@@ -17,12 +21,8 @@ the product reads them.
 
 Biased: what is left out has no share in the expectation. The error of top_K(v) is the norm of what
 is left out, the least of all tensors with K values. The threshold of single values is the K-th
-largest of a part of them, evenly spread; paper, section 3.3.3, keeps one for up to 1000 steps.
+largest of a part of them, evenly spread.
 """
-
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
 
 import sympy
 import torch
@@ -31,57 +31,37 @@ from torch import Tensor
 from codegen import magnitude
 from codegen.kernel import call, kernels, unavailable
 from cost_model import Cost, Dim, KernelCost, Shape, element_count, elementwise, gather, reduce
-from graphpass.errors import ConfigError, Reason, Rejected
-from graphpass.feedback import check_feedback, with_feedback
+from graphpass.errors import Reason, Rejected
+from graphpass.feedback import with_feedback
 from graphpass.kernels_of import mover, product, vendor_kind
+from graphpass.largest import (
+    Choice,
+    canonical,
+    channels_of,
+    exchange,
+    kept_of,
+    like_weight,
+    names_of_weight,
+    slots,
+    watches_weight,
+    weight_of,
+)
 from graphpass.method import Method, Sample, no_draw, register
 from graphpass.outer_pairs import OuterChannels, of_columns
-from graphpass.pairs import ChannelPairs, MatrixPairs, exact, scattered, wide
+from graphpass.pairs import ChannelPairs, MatrixPairs, exact, placed, wide
 from graphpass.rows import as_maps
 from graphpass.site import Gradient, Site
-
-STRUCTURES = ("none", "filter", "channel")
-
-
-@dataclass(frozen=True, slots=True)
-class Params:
-    """Parameters of SWAT.
-
-    Attributes:
-        sparsity: share of the weights, activations or channels that is left out, in [0, 1).
-        structure: "none", "filter" or "channel".
-        threshold_from: number of values that the threshold is taken from; 0 for all.
-        feedback: whether a weight gradient is given later what it was not given (error feedback).
-    """
-
-    sparsity: float = 0.9
-    structure: str = "none"
-    threshold_from: int = 65536
-    feedback: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
-        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
-        checks = {
-            "sparsity": (number and 0 <= self.sparsity < 1, "a number in [0, 1)"),
-            "structure": (self.structure in STRUCTURES, " or ".join(map(repr, STRUCTURES))),
-            "threshold_from": (
-                type(self.threshold_from) is int and self.threshold_from >= 0,
-                "an integer >= 0",
-            ),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ConfigError(f"method 'swat': {name}={getattr(self, name)!r}; give {wanted}")
-        check_feedback("swat", self.feedback)
+from graphpass.sparsity import Params
+from graphpass.state import State
 
 
 def reference(
-    site: Site, params: Params, template: Tensor, draws: None, first: Tensor, second: Tensor
+    site: Site,
+    params: Params,
+    template: Tensor,
+    draws: None,
+    *operands: Tensor,
+    state: State | None = None,
 ) -> Tensor:
     """Return the exact product with the second operand masked.
 
@@ -90,23 +70,37 @@ def reference(
         params: parameters of the method.
         template: the result's shape.
         draws: none.
-        first: the input, the output gradient, or the left factor.
-        second: the weight, the input, or the right factor.
+        *operands: the input, the output gradient, or the left factor; the weight, the input, or the
+            right factor; of a weight gradient that looks at the weight, what that is found from.
+        state: what was chosen before; None where every call chooses for itself.
     """
     del draws
-    if params.structure == "channel":
-        norms, axis = _channel_norms(site, second)
-        chosen = norms.topk(_kept(norms.shape[1], params), dim=1).indices
-        mask = torch.zeros_like(norms).scatter(1, chosen, 1.0)
-        shape = [1] * second.dim()
-        # Channels of a group stand at `axis` of the operand; of an image, those of all groups.
-        shape[axis] = -1
-        groups = mask.shape[0]
-        if groups > 1:
-            shape[0] = groups
-            return exact(site, template, first, _by_group(second, mask.view(shape)))
-        return exact(site, template, first, second * mask.view(shape))
-    return exact(site, template, first, second * _mask(site, params, second))
+    choice, (first, second) = Choice(site, params, state), operands[:2]
+    if site.gradient is Gradient.WEIGHT and params.structure != "channel":
+        large = second.abs() >= choice.used(choice.threshold(second))
+        result = exact(site, template, first, second * large.to(second.dtype))
+        return _of_weight(site, params, choice, result, operands)
+    return exact(site, template, first, _masked(site, params, choice, second))
+
+
+def weights(site: Site, params: Params, second: Tensor, state: State | None = None) -> Tensor:
+    """Return the second operand with zeros for what is left out."""
+    return _masked(site, params, Choice(site, params, state), second)
+
+
+def _masked(site: Site, params: Params, choice: Choice, second: Tensor) -> Tensor:
+    whole = canonical(site, second)
+    if params.structure != "channel":
+        return canonical(site, whole * choice.used(choice.mask(whole)))
+    norms = _channel_norms(site, second)
+    mask = torch.zeros_like(norms).scatter(1, choice.used(choice.index(norms)), 1.0)
+    # Channels of a group stand at axis 1 of the operand; of an image, those of all groups.
+    groups, shape = mask.shape[0], [1, -1, *[1] * (whole.dim() - 2)]
+    if groups == 1:
+        return canonical(site, whole * mask.to(whole.dtype).view(shape))
+    filters = whole.unflatten(0, (groups, -1)) * mask.to(whole.dtype).view(groups, *shape)
+    masked: Tensor = filters.flatten(0, 1)
+    return masked
 
 
 def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
@@ -121,8 +115,8 @@ def cost(site: Site, params: Params) -> tuple[KernelCost, ...]:
             # ... and the product is the dense one.
             product(site, vendor_kind(site), whole),
         )
-    channels = _channels(site)
-    share = sympy.sympify(_kept(channels, params)) / channels
+    channels = channels_of(site)
+    share = sympy.sympify(kept_of(channels, params)) / channels
     copied = gather(channels * share, count / sympy.sympify(channels), size)
     if site.gradient is Gradient.FORWARD:
         # Forward, the channels of the input are copied too.
@@ -149,26 +143,31 @@ def reject(site: Site, params: Params) -> Rejected | None:
         return Rejected(Reason.UNSUPPORTED_SHAPE, "transposed convolution")
     if any(dim == 0 for shape in site.shapes for dim in shape):
         return Rejected(Reason.NOT_CHEAPER, "an operand is empty")
+    watched = site.gradient is Gradient.WEIGHT and watches_weight(params)
+    if watched and site.conv is None and site.factor is None:
+        return Rejected(Reason.UNSUPPORTED_SHAPE, "the weight of the layer is not known")
     if params.structure != "channel":
         return None
     if site.conv is not None and site.conv.groups > 1 and site.gradient is not Gradient.FORWARD:
         return Rejected(Reason.UNSUPPORTED_SHAPE, "channels of a convolution with groups")
-    channels = _channels(site)
-    if params.sparsity and isinstance(channels, int) and _kept(channels, params) == channels:
+    channels = channels_of(site)
+    if params.sparsity and isinstance(channels, int) and kept_of(channels, params) == channels:
         return Rejected(Reason.NOT_CHEAPER, f"all {channels} channels would be kept")
     return None
 
 
 def operands(site: Site, params: Params) -> tuple[str, ...]:
     """Return the names of the operands; the second is made sparse."""
-    del params
+    weight = site.gradient is Gradient.WEIGHT
+    more = names_of_weight(site) if weight and watches_weight(params) else ()
     if site.conv is None:
-        return ("left", "right")
-    return {
+        return ("left", "right", *more)
+    own = {
         Gradient.FORWARD: ("input", "weight"),
         Gradient.INPUT: ("grad", "weight"),
         Gradient.WEIGHT: ("grad", "input"),
     }[site.gradient]
+    return (*own, *more)
 
 
 def lower(
@@ -177,24 +176,47 @@ def lower(
     template: Tensor,
     seed: Tensor,
     salt: int,
-    first: Tensor,
-    second: Tensor,
+    *operands: Tensor,
+    state: State | None = None,
 ) -> Tensor:
     """Return the product: a smaller one of the channels that are kept, or a masked one."""
     del seed, salt
-    if _by_filter(site, params):
-        return exact(site, template, first, second * _mask(site, params, second))
-    if params.structure != "channel":
-        return _of_large(site, template, first, second, _threshold(params, second))
-    norms, _ = _channel_norms(site, second)
-    index = norms.topk(_kept(norms.shape[1], params), dim=1).indices.sort(1).values
+    choice, (first, second) = Choice(site, params, state), operands[:2]
+    if params.structure == "channel":
+        index = choice.used(choice.index(_channel_norms(site, second)))
+        return _of_channels(site, template, first, second, index)
+    weight = site.gradient is Gradient.WEIGHT
+    if not weight and (params.structure == "filter" or params.freeze_after is not None):
+        whole = canonical(site, second)
+        masked = whole * choice.used(choice.mask(whole))
+        return exact(site, template, first, canonical(site, masked))
+    threshold = choice.threshold(second if weight else canonical(site, second))
+    result = _of_large(site, template, first, second, choice.used(threshold))
+    return _of_weight(site, params, choice, result, operands)
+
+
+def _of_weight(
+    site: Site, params: Params, choice: Choice, result: Tensor, operands: tuple[Tensor, ...]
+) -> Tensor:
+    """Return what is made of a weight gradient where the method looks at the weight as well."""
+    if site.gradient is not Gradient.WEIGHT or not watches_weight(params):
+        return result
+    grad = choice.of_weight(like_weight(site, result), weight_of(site, operands))
+    return choice.used(like_weight(site, grad))
+
+
+def _of_channels(
+    site: Site, template: Tensor, first: Tensor, second: Tensor, index: Tensor
+) -> Tensor:
+    """Return the product of the channels that are named, [groups, R]."""
     if site.gradient is Gradient.FORWARD:
         kind = MatrixPairs if site.conv is None else ChannelPairs
         return kind(site, template, (first, second)).sampled(index, None, False)
     if site.conv is None:
         columns = index.squeeze(0)
-        return scattered(template, 1, columns, of_columns(site, first, second, columns))
-    return OuterChannels(site, template, (first, second, second)).sampled(index, None, False)
+        return placed(template, 1, columns, of_columns(site, first, second, columns))
+    part = OuterChannels(site, template, (first, second, second)).part(index)
+    return placed(template, 1, index.squeeze(0), part)
 
 
 def _of_large(
@@ -220,39 +242,6 @@ def _of_large(
     return torch.mm(first, magnitude.large(second, threshold))
 
 
-def _by_filter(site: Site, params: Params) -> bool:
-    """Return whether whole filters of a weight are chosen."""
-    return params.structure == "filter" and site.gradient is not Gradient.WEIGHT
-
-
-def _mask(site: Site, params: Params, value: Tensor) -> Tensor:
-    """Return 1 for the values that are kept and 0 for others."""
-    if _by_filter(site, params):
-        # [Co, Ci / groups, taps]; a linear layer's weight stands transposed in the forward product
-        filters = value.flatten(2) if site.conv is not None else value.unsqueeze(-1)
-        axis = 0 if site.conv is None and site.gradient is Gradient.FORWARD else 1
-        norms = filters.abs().sum(2, dtype=wide(value))
-        kept = norms.topk(_kept(norms.shape[axis], params), dim=axis).indices
-        mask = torch.zeros_like(norms).scatter(axis, kept, 1.0).to(value.dtype)
-        return mask.view(*mask.shape, *[1] * (value.dim() - 2))
-    return (value.abs() >= _threshold(params, value)).to(value.dtype)
-
-
-def _threshold(params: Params, value: Tensor) -> Tensor:
-    """Return the K-th largest magnitude, of a part of the values if there are many: 0-d."""
-    count, wanted = value.numel(), params.threshold_from
-    magnitudes = value.flatten().abs()
-    # Of a dynamic batch all are taken: how many there are is only known when it runs.
-    if isinstance(count, int) and 0 < wanted < count:
-        # An odd step meets all columns of an image and all channels, which are often powers of 2.
-        # Not by Python's indexing, which wants a device: a fake tensor may have none.
-        step = (count // wanted) | 1
-        magnitudes = torch.ops.aten.slice.Tensor(magnitudes, 0, 0, None, step)
-    size = magnitudes.shape[0]
-    threshold: Tensor = magnitudes.kthvalue(size - _kept(size, params) + 1).values
-    return threshold
-
-
 def _looked_at(count: Dim, params: Params) -> Dim:
     """Return the number of values that the threshold is taken from."""
     if params.threshold_from == 0:
@@ -262,31 +251,14 @@ def _looked_at(count: Dim, params: Params) -> Dim:
     return sympy.Min(count, params.threshold_from)
 
 
-def _channel_norms(site: Site, second: Tensor) -> tuple[Tensor, int]:
-    """Return L1 norms of the operand's input channels, [groups, channels], and their axis."""
-    axis = 0 if site.conv is None and site.gradient is Gradient.FORWARD else 1
+def _channel_norms(site: Site, second: Tensor) -> Tensor:
+    """Return L1 norms of the operand's input channels: [groups, channels]."""
     groups = 1
     if site.conv is not None and site.gradient is not Gradient.WEIGHT:
         groups = site.conv.groups
-    parts = second.unflatten(0, (groups, -1)) if groups > 1 else second.unsqueeze(0)
-    others = [at for at in range(1, parts.dim()) if at != axis + 1]
-    return parts.abs().sum(others, dtype=wide(second)), axis
-
-
-def _by_group(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return the filters of every group, masked by the group's channels."""
-    masked: Tensor = weight.unflatten(0, (mask.shape[0], -1)) * mask[:, None]
-    return masked.flatten(0, 1)
-
-
-def _kept(count: Any, params: Params) -> Any:
-    """Return how many of `count` are kept: all but `sparsity` of them, rounded up."""
-    return (
-        count
-        - count
-        * Fraction(str(params.sparsity)).numerator
-        // Fraction(str(params.sparsity)).denominator
-    )
+    whole = canonical(site, second)
+    parts = whole.unflatten(0, (groups, -1)) if groups > 1 else whole.unsqueeze(0)
+    return parts.abs().sum([1, *range(3, parts.dim())], dtype=wide(second))
 
 
 def _second(site: Site) -> Shape:
@@ -299,19 +271,12 @@ def _first(site: Site) -> Shape:
     return site.shapes[0]
 
 
-def _channels(site: Site) -> Dim:
-    """Return the number of input channels, of a group of a weight."""
-    if site.conv is None:
-        return site.shapes[1][0 if site.gradient is Gradient.FORWARD else 1]
-    return _second(site)[1]
-
-
 def samples() -> tuple[Sample, ...]:
     """Return every structure and every product, and what is rejected."""
     nn = torch.nn
     weight, input_, forward = Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD
     half, filters = Params(0.5), Params(0.5, "filter")
-    channel = Params(0.5, "channel")
+    channel, masked = Params(0.5, "channel"), Params(0.5, refresh=2, mask_gradient=True)
     return (
         Sample((5, 3, 9, 7), lambda: nn.Conv2d(3, 4, 3, padding=1), input_, channel),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 5, 3, padding=1), weight, channel),
@@ -320,6 +285,11 @@ def samples() -> tuple[Sample, ...]:
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, Params(0.8, threshold_from=100)),
         Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, Params(0.8, feedback=True)),
         Sample((7, 12), lambda: nn.Linear(12, 5), forward, filters),
+        Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), forward, Params(0.8, refresh=3)),
+        Sample((3, 6, 8, 7), lambda: nn.Conv2d(6, 4, 3), weight, masked),
+        Sample((7, 12), lambda: nn.Linear(12, 5), weight, masked),
+        Sample((7, 12), lambda: nn.Linear(12, 5), input_, Params(0.5, freeze_after=1)),
+        Sample((7, 12), lambda: nn.Linear(12, 5), weight, Params(0.5, distribution="momentum")),
         Sample((7, 12), lambda: nn.Linear(12, 5), input_, channel),
         Sample((2, 3, 9, 9), lambda: nn.ConvTranspose2d(3, 5, 3), forward, half, rejected=True),
     )
@@ -342,6 +312,10 @@ register(
             lower=lower,
             samples=samples,
             kernels=("listed_wgrad", "masked_product", "masked_wgrad", "sampled_channels"),
+            state=slots,
+            settle=exchange,
+            weights=weights,
+            fast_on_cpu=False,
         )
     )
 )

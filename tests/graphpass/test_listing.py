@@ -1,12 +1,16 @@
 """The table of methods says what the registry says, in the terminal and in the README."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from graphpass import __main__, listing, methods
 
 README = Path(__file__).parents[2] / "README.md"
+RESULTS = README.parent / "benchmarks" / "results"
 
 
 def test_the_readme_has_the_table_of_the_registry() -> None:
@@ -27,6 +31,20 @@ def test_priors_and_kernels_are_those_of_the_methods() -> None:
     assert "forward: tau 0.015, bias 0.0056" in rows["`int8`"]["adds on ResNet-20"]
     assert rows["`meprop`"]["adds on ResNet-20"] == "not measured"
     assert rows["`crs`"]["unbiased"] == "yes"
+    assert rows["`crs`"]["keeps state"] == "no"
+    assert rows["`swat`"]["keeps state"] == rows["`meprop`"]["keeps state"] == "by option"
+
+
+def test_what_is_fast_was_measured() -> None:
+    """Most layers of the benchmark, in float32; a method of weight gradients by those."""
+    measured = defaultdict[str, list[float]](list)
+    for path in sorted(RESULTS.glob("layers*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if row["gradient"] == "weight" and row["dtype"] == "float32":
+                measured[row["method"]].append(row["exact_over_method"]["median"])
+    for name, method in methods().items():
+        if name in measured:
+            assert method.fast_on_cpu is (median(measured[name]) > 1), name
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -431,6 +431,24 @@ def test_topk_with_dynamic_batch() -> None:
         check_topk(model, torch.randn(batch, 3, 8, 9), torch.float32)
 
 
+@pytest.mark.parametrize("geometry", ["strided", "transposed"])
+def test_a_forward_convolution_with_dynamic_sizes(geometry: str) -> None:
+    layers = {
+        "strided": nn.Conv2d(3, 4, (3, 2), (2, 3), (1, 2), (2, 1)),
+        "transposed": nn.ConvTranspose2d(3, 4, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(2, 1)),
+    }
+    layer = layers[geometry]
+    rounded = {"name": "bf16", "gradient": "forward"}
+    options = {"strict": True, "methods": {"*": rounded}}
+    compiled = torch.compile(nn.Sequential(layer), backend="approx", options=options, dynamic=True)
+    for shape in ((2, 3, 9, 8), (5, 3, 7, 11)):
+        x = torch.randn(shape)
+        product, exact = compiled(x), layer(x)
+        assert not torch.equal(product, exact)
+        torch.testing.assert_close(product, exact, atol=0.05, rtol=0)
+    assert graphpass.reports()[-1].approximated
+
+
 def test_topk_leaves_other_gradients_exact() -> None:
     net = NETS["separable"]
     model, reference = build_twice(net)

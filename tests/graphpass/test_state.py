@@ -50,7 +50,7 @@ def batch(number: int, size: int = 4) -> Tensor:
     return torch.randn(size, 3, 9, 7, generator=generator)
 
 
-def compiled(model: nn.Module, spec: dict[str, Any], **options: Any) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, spec: Any, **options: Any) -> Callable[[Tensor], Tensor]:
     given = {"methods": {"2": spec}, "seed": SEED, "strict": True} | options
     call: Callable[[Tensor], Tensor] = torch.compile(model, backend="approx", options=given)
     return call
@@ -140,14 +140,22 @@ def test_compiled_steps_are_the_lowering_run_by_itself(
 
 def test_what_inductor_writes_keeps_the_same() -> None:
     """Reading and writing stay in order where operations are fused."""
+    kept_forward = {
+        "name": "swat", "gradient": "forward", "sparsity": 0.5, "refresh": 2, "freeze_after": 3,
+    }  # fmt: skip
     runs = []
     for scope in (contextlib.nullcontext(), aten_only()):
         torch._dynamo.reset()
         model = net().double()
         with scope:
-            call = compiled(model, MEPROP | {"feedback": True})
-            grads = [gradient(model, call, batch(step).double()) for step in range(4)]
-        runs.append([*grads, kept(model)["dropped"]])
+            call = compiled(model, [MEPROP | {"feedback": True}, kept_forward])
+            grads = []
+            for step in range(4):
+                grads.append(gradient(model, call, batch(step).double()))
+                with torch.no_grad():
+                    model[2].weight -= 1e-3 * grads[-1]
+        names = ("dropped", "threshold", "refreshed", "active")
+        runs.append([*grads, *map(kept(model).__getitem__, names)])
     for one, other in zip(*runs, strict=True):
         torch.testing.assert_close(one, other)
 
