@@ -117,7 +117,8 @@ UNFIT = [
     ({"methods": {"head": []}}, r"methods\['head'\]=\[\]: give a method name, a mapping"),
     (
         {"methods": {"head": {"name": "topk", "top": 2}}},
-        r"method 'topk' has no parameter 'top': legal are k, scale, min_positions, and 'gradient'",
+        r"method 'topk' has no parameter 'top': legal are k, scale, min_positions, feedback, "
+        r"and 'gradient'",
     ),
     (
         {"methods": {"head": {"name": "zero", "b": 1, "a": 2}}},
