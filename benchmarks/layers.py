@@ -9,8 +9,8 @@ method's time is everything it adds to a step: selecting, quantising, pruning, a
 seconds of reading its operands once and doing its FLOPs at the machine's peak stand beside it. In a
 step both gradients of a layer share what is done to the output gradient, so methods that have both
 are measured on both at once too. Two products alone stand beside them: "sampled" of rows that are
-given, and "int8 product" of bytes that are given. "int8 quarter" is `int8` of every fourth sample:
-as fast as `pixels_int8`, which has pixels to choose and to gather besides, can ever be.
+given, and "int8 product" of bytes that are given. "int8 quarter" is `int8` of a quarter of the
+samples: as many products as `pixels_int8` has, which chooses and gathers pixels besides.
 """
 
 import argparse
@@ -163,10 +163,8 @@ def _sampled(operands: dict[str, Tensor], keep: float) -> Run:
     weight = torch.full((len(index),), 1 / keep)
     center, sums = torch.rand(x.shape[1]), torch.rand(grad.shape[1], 3, 3)
     window = [3, 3], [1, 1], [1, 1], [1, 1]
-    kernel, given = (
-        kernels()["sampled_wgrad"],
-        (grad, x, index, weight, center, sums, *window, 1, True),
-    )
+    kernel = kernels()["sampled_wgrad"]
+    given = (grad, x, index, weight, center, sums, *window, 1, True)
     # As in a compiled step: what runs was decided as it was traced.
     assert unavailable(kernel, *given) is None
     return lambda: kernel.op(*given)
