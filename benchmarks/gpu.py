@@ -4,11 +4,13 @@
     python -m benchmarks.gpu --sections steps      # that alone, with all the time there is
     python -m benchmarks.gpu --device cpu --minutes 3    # the flow alone, tiny shapes, no Triton
 
-Every kernel against float64; GA's eight layers and ResNet-50's against the vendor's library; whole
-training steps against Inductor; CIFAR-10 epochs where its files are. Each section is processes of
-its own with a limit on their time, so that a kernel that fails, hangs or breaks the device costs no
-more than its own figures; what a process printed before it ended counts. The results are written
-after every section. Nothing is needed but torch, Triton and what torch brings along.
+Every kernel against float64; layers against the vendor's library; whole training steps against
+Inductor; and whatever trainings are asked for, commands that write their results themselves. All
+run at once, as most of it is compilation: whoever times has the others stopped (`gpu_alone`). Each
+is a process of its own with a limit on its time, so that a kernel that fails, hangs or breaks the
+device costs no more than its own figures; what a process printed before it ended counts. The
+results are written after every process. Nothing is needed but torch, Triton and what torch brings
+along, and rich.
 """
 
 import argparse
@@ -24,13 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_alone
+
 Record = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-# In order of worth; three compile at a time, one measures.
+# In order of worth; five of them at a time.
 MODELS = (
-    ("resnet50", "bf16"), ("resnet20", "bf16"), ("wrn-28-10", "bf16"), ("resnet20", "fp32"),
-    ("vgg19", "bf16"), ("vit-s", "bf16"), ("resnet50", "fp32"),
+    ("wrn-28-10", "bf16"), ("resnet50", "bf16"), ("wrn-28-10", "fp32"), ("resnet20", "bf16"),
+    ("resnet50", "fp32"), ("vgg19", "bf16"), ("vit-s", "bf16"), ("resnet20", "fp32"),
 )  # fmt: skip
+_MODELS_AT_ONCE = 5
 TINY = (("resnet8", "fp32"),)
 
 
@@ -42,6 +47,7 @@ class Task:
         section: where its records go.
         arguments: of the interpreter.
         limit_s: when it is ended.
+        patient: whether others come first on the processors.
         records: what it has printed.
         failed: how it ended, if not well.
     """
@@ -49,6 +55,7 @@ class Task:
     section: str
     arguments: list[str]
     limit_s: float
+    patient: bool = False
     records: list[Record] = field(default_factory=list)
     failed: str = ""
 
@@ -74,15 +81,20 @@ class Run:
         """Seconds that are left, less what writing takes."""
         return self.until - time.monotonic() - 5
 
-    def run(self, tasks: Sequence[Task], at_once: int) -> None:
-        """Run processes, as many at once; keep their records and write everything down."""
-        waiting = list(tasks)
-        running: list[tuple[Task, subprocess.Popen[bytes], Path, float]] = []
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append((task := waiting.pop(0), *self._start(task)))
+    def run(self, queues: Sequence[tuple[int, Sequence[Task]]]) -> None:
+        """Run processes; keep their records and write everything down.
+
+        Args:
+            queues: so many at once of each list, in its order.
+        """
+        waiting = [(most, list(tasks)) for most, tasks in queues]
+        running: list[tuple[int, Task, subprocess.Popen[bytes], Path, float]] = []
+        while running or any(tasks for _, tasks in waiting):
+            for number, (most, tasks) in enumerate(waiting):
+                while tasks and sum(item[0] == number for item in running) < most:
+                    running.append((number, task := tasks.pop(0), *self._start(task)))
             for item in list(running):
-                task, process, lines, started = item
+                _, task, process, lines, started = item
                 spent = time.monotonic() - started
                 late = spent > task.limit_s or self.left_s < 0
                 if process.poll() is None and not late:
@@ -92,6 +104,9 @@ class Run:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     task.failed = f"ended after {spent:.0f} s"
+                _group(process).unlink(missing_ok=True)
+                # It may have been the one that had the others stopped.
+                gpu_alone.signal_others(signal.SIGCONT)
                 running.remove(item)
                 _collect(task, process, lines)
                 self._note(task, spent)
@@ -99,11 +114,12 @@ class Run:
 
     def _start(self, task: Task) -> tuple[subprocess.Popen[bytes], Path, float]:
         folder = Path(tempfile.mkdtemp(prefix="graphpass-gpu-"))
-        command = [sys.executable, *task.arguments]
+        command = [*(("nice", "-n", "10") if task.patient else ()), sys.executable, *task.arguments]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
             )
+        _group(process).touch()
         return process, folder, time.monotonic()
 
     def _note(self, task: Task, spent: float) -> None:
@@ -133,55 +149,81 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.8)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--data", help="folder with the files of CIFAR-10")
-    sections = ["correct", "layers", "steps", "epochs"]
+    sections = ["correct", "layers", "steps", "trainings"]
     parser.add_argument("--sections", nargs="+", default=sections, choices=sections)
+    parser.add_argument("--kernels", nargs="+", help="check these alone")
+    parser.add_argument("--layers", nargs="+", default=["wide", "ga", "resnet50"])
+    parser.add_argument("--models", nargs="+", help="time these alone, as in resnet50/bf16")
+    parser.add_argument(
+        "--training", action="append", default=[],
+        help="arguments of the interpreter, as one text; may be given several times",
+    )  # fmt: skip
     given = parser.parse_args(argv)
-    _own_caches()
+    _own_folders()
     record: Record = {"date": time.strftime("%Y-%m-%d"), "device": given.device, "sections": {},
                       "processes": []}  # fmt: skip
     run = Run(given.device, time.monotonic() + 60 * given.minutes, given.output, record)
-    cores = os.cpu_count() or 1
-    run.run([_section(run, "machine", [], 60)], 1)
-    models = list(MODELS if given.device == "cuda" else TINY)
-    models = models if "steps" in given.sections else []
-    together: list[Task] = []
-    if {"correct", "layers"} & set(given.sections):
-        # While kernels are checked and compiled, so are the first models: steps are timed one model
-        # at a time, after a minute of compilation, when little else is left to run.
-        together = [_warm(run, cores)] if "layers" in given.sections else []
-        together += [_steps(run, *model, 0.45 * run.left_s) for model in models[:3]]
-        models = models[3:]
-    if "correct" in given.sections:
-        together += [_section(run, "correct", [name], 150) for name in _kernels()]
-    run.run(together, max(2, cores - 2))
-    if "layers" in given.sections:
-        for name in _names(run):
-            _layers(run, name)
-    limit = max(60.0, run.left_s * 0.5)
-    run.run([_steps(run, *model, limit) for model in models], min(3, cores))
-    if "epochs" in given.sections and given.data:
-        run.run([_epochs(run, given.data)], 1)
+    run.run([(1, [_section(run, "machine", [], 60)])])
+    run.run(_queues(run, given))
+    # A row that breaks the process of its layers is skipped by the next one.
+    for _ in range(3):
+        broken = _broken(run, given.layers)
+        if not broken or run.left_s < 20:
+            break
+        run.run([(1, [_layers(run, given.layers, broken)])])
     record["sections"]["choices"] = list(_choices())
+    record["sections"]["timings"] = list(_timings())
     run.write()
     print(run.output.with_suffix(".txt").read_text(encoding="utf-8"))
 
 
-def _own_caches() -> None:
+def _queues(run: Run, given: argparse.Namespace) -> list[tuple[int, list[Task]]]:
+    """Return what runs beside each other."""
+    cores = os.cpu_count() or 1
+    queues: list[tuple[int, list[Task]]] = []
+    if "steps" in given.sections:
+        usual = list(MODELS if run.device == "cuda" else TINY)
+        models = [tuple(name.split("/")) for name in given.models] if given.models else usual
+        queues.append((_MODELS_AT_ONCE, [_steps(run, *model) for model in models]))
+    if "layers" in given.sections:
+        queues.append((1, [_layers(run, given.layers, [])]))
+        queues.append((1, [_warm(run, given.layers, cores)]))
+    if "correct" in given.sections:
+        names = given.kernels or _kernels()
+        tasks = [_section(run, "correct", [name], 150, patient=True) for name in names]
+        queues.append((max(1, cores // 2), tasks))
+    if "trainings" in given.sections:
+        tasks = [Task("trainings", text.split(), run.left_s, patient=True) for text in
+                 given.training]  # fmt: skip
+        queues.append((len(tasks), tasks))
+    return queues
+
+
+def _own_folders() -> None:
     """Use fresh caches: what an older version left there must not be measured."""
     folder = Path(tempfile.mkdtemp(prefix="graphpass-gpu-cache-"))
     for name in ("GRAPHPASS_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         os.environ.setdefault(name, str(folder / name.lower()))
+    os.environ[gpu_alone.FOLDER] = str(folder / "processes")
+    Path(os.environ[gpu_alone.FOLDER]).mkdir(parents=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         (str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     )
     os.environ["PYTHONUNBUFFERED"] = "1"
     # Of each of several processes that compile at once.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")
 
 
-def _section(run: Run, section: str, names: list[str], limit_s: float) -> Task:
+def _group(process: subprocess.Popen[bytes]) -> Path:
+    """Return the file that says that a process can be stopped."""
+    return Path(os.environ[gpu_alone.FOLDER], f"{process.pid}.group")
+
+
+def _section(
+    run: Run, section: str, names: list[str], limit_s: float, patient: bool = False
+) -> Task:
     module = ["-m", "benchmarks.gpu_sections", section, *names, "--device", run.device]
-    return Task(section, module, limit_s)
+    return Task(section, module, limit_s, patient)
 
 
 def _kernels() -> list[str]:
@@ -189,10 +231,6 @@ def _kernels() -> list[str]:
     from codegen.kernel import kernels
 
     return [kernel.name for kernel in kernels().values() if kernel.emit_triton is not None]
-
-
-def _names(run: Run) -> list[str]:
-    return ["ga", "resnet50"] if run.device == "cuda" else ["tiny"]
 
 
 def _choices() -> Iterator[Record]:
@@ -209,10 +247,16 @@ def _choices() -> Iterator[Record]:
             yield {"failed": f"{path.name}: {error}"}
 
 
-def _warm(run: Run, cores: int) -> Task:
-    workers = ["--workers", str(max(1, cores // 2))]
-    module = ["-m", "benchmarks.gpu_warm", *_names(run), "--arch", str(_arch(run)), *workers]
-    return Task("warm", module, 150)
+def _timings() -> Iterator[Record]:
+    """Yield what products took that plans turned on."""
+    for path in sorted(Path(os.environ["GRAPHPASS_CACHE_DIR"]).glob("measured-*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _warm(run: Run, names: list[str], cores: int) -> Task:
+    workers = ["--workers", str(max(1, cores // 4))]
+    module = ["-m", "benchmarks.gpu_warm", *names, "--arch", str(_arch(run)), *workers]
+    return Task("warm", module, 200, patient=True)
 
 
 def _arch(run: Run) -> int:
@@ -224,33 +268,32 @@ def _arch(run: Run) -> int:
     return 90
 
 
-def _layers(run: Run, name: str) -> None:
-    """Measure layers; a row that breaks the process is skipped by the next one."""
-    skip: list[str] = []
-    for _ in range(4):
-        limit = max(20.0, min(80.0, run.left_s * 0.25))
-        task = _section(run, "layers", [name], limit)
-        task.arguments += ["--skip", *skip] if skip else []
-        run.run([task], 1)
-        begun = [record.get("begun") for record in task.records if "method" in record]
-        broken = task.failed and not task.failed.startswith("ended after")
-        fatal = any("illegal" in str(record.get("failed", "")) for record in task.records)
-        if not (broken or fatal):
-            return
-        skip += [label for label in begun if label]
+def _layers(run: Run, names: list[str], skip: list[str]) -> Task:
+    task = _section(run, "layers", names, run.left_s)
+    task.arguments += ["--skip", *skip] if skip else []
+    return task
 
 
-def _steps(run: Run, model: str, dtype: str, limit_s: float) -> Task:
+def _broken(run: Run, names: list[str]) -> list[str]:
+    """Return the rows that broke a process of layers, if the last one was broken."""
+    processes = [entry for entry in run.record["processes"] if "layers" in entry["arguments"]]
+    records = run.record["sections"].get("layers", [])
+    if not processes or not names:
+        return []
+    failed = processes[-1]["failed"]
+    fatal = bool(failed) and not failed.startswith("ended after")
+    fatal |= any("illegal" in str(record.get("failed", "")) for record in records[-2:])
+    done = {(r["row"], r["method"]) for r in records if "exact_s" in r}
+    begun = [(r["row"], r["method"], r["begun"]) for r in records if "method" in r and "begun" in r]
+    return [label for row, name, label in begun if (row, name) not in done] if fatal else []
+
+
+def _steps(run: Run, model: str, dtype: str) -> Task:
     module = ["-m", "benchmarks.gpu_steps", model, dtype, "--device", run.device]
-    module += ["--seconds", str(round(limit_s))]
+    module += ["--until", str(run.until - 15)]
     if run.device == "cpu":
         module += ["--settings", "inductor", "int8"]
-    return Task("steps", module, limit_s + 20)
-
-
-def _epochs(run: Run, data: str) -> Task:
-    module = ["-m", "examples.cifar10", "--data", data, "--device", run.device, "--epochs", "2"]
-    return Task("epochs", module, max(30.0, run.left_s))
+    return Task("steps", module, run.left_s)
 
 
 def _collect(task: Task, process: subprocess.Popen[bytes], folder: Path) -> None:

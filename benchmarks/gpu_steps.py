@@ -6,16 +6,13 @@ Prints a line of JSON for every setting, as soon as it is measured.
 """
 
 import argparse
-import fcntl
 import json
-import os
-import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ import torch.nn.functional as F
 
 import graphpass
 from benchmarks import gpu_timing
+from benchmarks.gpu_alone import alone, choosing_alone
 from benchmarks.gpu_sections import allow_tf32
 from benchmarks.gpu_warm import Warmer
 from examples.models import build
@@ -34,18 +32,22 @@ Step = Callable[[], torch.Tensor]
 SIZES = {"resnet50": (128, 56), "vit-s": (512, 32)}
 USUAL = (512, 32)
 BOTH = ("weight", "input")
+EVERYWHERE = ("forward", *BOTH)
 # Settings in order of worth: what is given to the backend, None for Inductor.
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "inductor": None,
-    "int8": {"methods": {"*": [{"name": "int8", "gradient": side} for side in BOTH]}},
-    "fp8": {"methods": {"*": [{"name": "fp8", "gradient": side} for side in BOTH]}},
-    "pixels": {"methods": {"*": {"name": "pixels", "gradient": "weight"}}},
-    "inductor, CUDA graphs": None,
-    "int8, CUDA graphs": {"methods": {"*": [{"name": "int8", "gradient": side} for side in BOTH]}},
-    "pixels, CUDA graphs": {"methods": {"*": {"name": "pixels", "gradient": "weight"}}},
     "budget 0.1": {"budget": 0.1},
+    "pixels": {"methods": {"*": {"name": "pixels", "gradient": "weight"}}},
+    "bf16": {"methods": {"*": [{"name": "bf16", "gradient": side} for side in EVERYWHERE]}},
+    "budget 0.1, forward": {"budget": 0.1, "gradients": list(EVERYWHERE)},
+    "int8": {"methods": {"*": [{"name": "int8", "gradient": side} for side in BOTH]}},
+    "inductor, CUDA graphs": None,
+    "budget 0.1, CUDA graphs": {"budget": 0.1},
+    "fp8": {"methods": {"*": [{"name": "fp8", "gradient": side} for side in BOTH]}},
     "inductor, max-autotune": None,
 }
+# Nothing to round.
+_FP32_ONLY = {"bf16"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,15 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dtype", choices=("fp32", "bf16"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--until", type=float, help="on the monotonic clock, instead")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     given = parser.parse_args(argv)
     allow_tf32()
     # Every setting compiles the same code: Dynamo would give up after a few of them.
     torch._dynamo.config.recompile_limit = 64
-    until = time.monotonic() + given.seconds
+    until = given.until or time.monotonic() + given.seconds
+    settings = [s for s in given.settings if given.dtype == "fp32" or s not in _FP32_ONLY]
     major, minor = torch.cuda.get_device_capability() if given.device == "cuda" else (0, 0)
-    with Warmer(10 * major + minor, 3) if given.device == "cuda" else nullcontext():
-        for record in measure(given.model, given.dtype, given.device, given.settings, until):
+    warmer = Warmer(10 * major + minor, 3) if given.device == "cuda" else nullcontext()
+    with warmer, choosing_alone():
+        for record in measure(given.model, given.dtype, given.device, settings, until):
             print(json.dumps(record), flush=True)
 
 
@@ -93,8 +98,10 @@ def measure(
             kind = "inductor, CUDA graphs" if graphs else "inductor"
             with alone():
                 steps = {setting: step, **({kind: base[kind]} if kind in base else {})}
-                turns, repeat = (7, 10) if device == "cuda" else (1, 1)
+                turns, repeat = (5, 8) if device == "cuda" else (1, 1)
                 seconds = gpu_timing.step_times(steps, device, turns, repeat)
+                if device == "cuda" and not graphs:
+                    record["kernels"] = gpu_timing.kernels(step)
             record["step_s"] = seconds[setting]
             if kind in seconds:
                 record["inductor_s"], record["beside"] = seconds[kind], kind
@@ -103,6 +110,8 @@ def measure(
             elif not setting.startswith("inductor"):
                 report = graphpass.reports()[-1]
                 record["approximated"] = len(report.approximated)
+                chosen = Counter(f"{row.method} {row.gradient}" for row in report.approximated)
+                record["chosen"] = dict(chosen)
                 if report.prediction is not None:
                     record["predicted_step_s"] = report.prediction.step_s
                     record["predicted_exact_s"] = report.prediction.exact_step_s
@@ -146,14 +155,6 @@ def make_step(name: str, dtype: str, device: str, setting: str) -> Step:
         return loss.detach()
 
     return step
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Time while no other process of this benchmark does."""
-    with Path(tempfile.gettempdir(), f"graphpass-gpu-{os.getuid()}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,6 +61,20 @@ def step_times(steps: Mapping[str, Run], device: str, turns: int, repeat: int) -
             _synchronize(device)
             seconds[name].append((time.perf_counter() - start) / repeat)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def kernels(step: Run, count: int = 24) -> dict[str, float]:
+    """Return seconds a step of the kernels that take longest, by their names' beginnings."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+    seconds: Counter[str] = Counter()
+    for event in seen.key_averages():
+        seconds[event.key[:80]] += event.self_device_time_total / 2e6
+    return dict(seconds.most_common(count))
 
 
 def bandwidth_bytes_per_s() -> float:

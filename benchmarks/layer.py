@@ -30,13 +30,18 @@ RESNET50: tuple[Shape, ...] = (
     (1024, 512, 14, 1, 1), (512, 512, 14, 3, 2), (512, 2048, 7, 1, 1), (1024, 2048, 14, 1, 2),
     (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1),
 )  # fmt: skip
+# Of WRN-28-10 and ResNet-50: most of what a GPU computes, and where it is busy with products.
+WIDE: tuple[Shape, ...] = (
+    (640, 640, 8, 3, 1), (320, 320, 16, 3, 1), (160, 160, 32, 3, 1), (256, 256, 14, 3, 1),
+    (1024, 256, 14, 1, 1),
+)  # fmt: skip
 # By the names they have in tables of a GPU, in order of worth, as time may be over before the end:
 # methods, and parameters that are not the default ones.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pixels": ("pixels", {}),
     "int8": ("int8", {}),
     "fp8": ("fp8", {}),
     "phase": ("phase", {}),
-    "pixels": ("pixels", {}),
     "prune": ("prune", {}),
     "topk": ("topk", {}),
     "crs": ("crs", {}),
@@ -48,7 +53,7 @@ GRADIENTS = (Gradient.WEIGHT, Gradient.INPUT, Gradient.FORWARD)
 TINY: tuple[Shape, ...] = ((16, 16, 8, 3, 1), (16, 32, 8, 3, 2))
 # What has the size of a product.
 _RESULT = {Gradient.FORWARD: "grad", Gradient.INPUT: "input", Gradient.WEIGHT: "weight"}
-NAMED = {"ga": GA, "resnet50": RESNET50, "tiny": TINY}
+NAMED = {"ga": GA, "resnet50": RESNET50, "wide": WIDE, "tiny": TINY}
 
 
 def sizes(shape: Shape, batch: int) -> dict[str, tuple[int, int, int, int]]:

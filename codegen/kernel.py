@@ -192,17 +192,16 @@ def triton_program(kernel: Kernel, *args: Any) -> Program | str:
 def triton_programs(kernel: Kernel, *args: Any) -> tuple[Program, ...] | str:
     """Return the Triton worth timing, what is predicted to be fastest first, or why there is none.
 
-    They differ in how they cut a product into tiles.
+    They differ in how they cut a product into tiles, or have it multiplied by the vendor's library.
     """
     found: list[Program] = []
-    for rank in range(tiles.LONGEST):
+    for rank in range(tiles.GATHERED + 1):
         with tiles.ranked(rank):
             program = triton_program(kernel, *args)
         if isinstance(program, str):
             return program
-        if program in found:
-            break
-        found.append(program)
+        if program not in found:
+            found.append(program)
     return tuple(found)
 
 

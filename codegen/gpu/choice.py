@@ -84,7 +84,11 @@ def seconds_of(run: Run) -> float:
         return min(_clock(run) for _ in range(_TURNS))
     run()
     once = max(_clock(run), 1e-6)
-    calls = max(1, min(_MOST_CALLS, int(_TURN_S / once)))
+    return turns(run, max(1, min(_MOST_CALLS, int(_TURN_S / once))))
+
+
+def turns(run: Run, calls: int) -> float:
+    """Return the seconds of a call on a GPU, in the fastest of several turns of so many calls."""
     return min(_turn(run, calls) for _ in range(_TURNS))
 
 

@@ -62,7 +62,7 @@ def product_program(
     parts = products.emit(problem, form)
     if isinstance(parts, str):
         return parts
-    tensors = ("operand", "weight", *form.filters, "out", *(("arranged",) if parts.scratch else ()))
+    tensors = ("operand", "weight", *form.filters, "out", *parts.memory)
     run = (
         f"def run({', '.join(tensors)}):",
         "    scales = ()",
@@ -70,7 +70,9 @@ def product_program(
     )
     about = gpu.about(name, operand=operand, weight=weight)
     given = {**parts.constants, **(constants or {})}
-    return gpu.program(about, given, parts.text + "\n" + "\n".join(run), parts.scratch)
+    return gpu.program(
+        about, given, parts.text + "\n" + "\n".join(run), tuple(parts.memory.values())
+    )
 
 
 def weight_gradient_program(
@@ -108,11 +110,11 @@ def weight_gradient_program(
     parts = weight_gradient.emit(problem, grad.numel() // grad.shape[1], form)
     if isinstance(parts, str):
         return parts
-    tensors = ("grad", "x", *form.operands, "out", "sums")
+    tensors = ("grad", "x", *form.operands, "out", *parts.memory)
     run = (f"def run({', '.join(tensors)}):", *(f"    {line}" for line in parts.lines))
     about = gpu.about(name, grad=grad, x=x)
     given = {**parts.constants, **(constants or {})}
-    return gpu.program(about, given, parts.text + "\n".join(run), parts.scratch)
+    return gpu.program(about, given, parts.text + "\n".join(run), tuple(parts.memory.values()))
 
 
 def _unsupported(first: Tensor, second: Tensor) -> str | None:

@@ -59,8 +59,7 @@ def product(
     )  # fmt: skip
     if isinstance(parts, str):
         return parts
-    scratch = ", arranged" if parts.scratch else ""
-    head = f"operand, weight, first_scale, second_scale, out{scratch}"
+    head = "operand, weight, first_scale, second_scale, out"
     return _program(name, result, parts, head, "scales = first_scale, second_scale")
 
 
@@ -111,7 +110,7 @@ def weight_gradient(
     parts = gradients.emit(problem, math.prod(out_size) // out_size[1], gradients.BYTES)
     if isinstance(parts, str):
         return parts
-    return _program(name, result, parts, "grad, x, grad_scale, input_scale, out, sums")
+    return _program(name, result, parts, "grad, x, grad_scale, input_scale, out")
 
 
 def weight_gradient_program(
@@ -140,11 +139,13 @@ def weight_gradient_program(
 
 
 def _program(
-    name: str, result: Tensor, parts: products.Parts, arguments: str, *lines: str
+    name: str, result: Tensor, parts: gpu.Parts, arguments: str, *lines: str
 ) -> gpu.Program:
-    run = [f"def run({arguments}):", *(f"    {line}" for line in (*lines, *parts.lines))]
+    given = ", ".join((arguments, *parts.memory))
+    run = [f"def run({given}):", *(f"    {line}" for line in (*lines, *parts.lines))]
     about = gpu.about(name, result=result)
-    return gpu.program(about, parts.constants, parts.text + "\n" + "\n".join(run), parts.scratch)
+    text, memory = parts.text + "\n" + "\n".join(run), tuple(parts.memory.values())
+    return gpu.program(about, parts.constants, text, memory)
 
 
 def _zero(scale: Tensor, stored: torch.dtype) -> int:

@@ -119,22 +119,12 @@ def filter_of(at, number, group, inside):
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Emitted pieces of a program: constants, kernels, lines of `run`, scratch memory.
+def emit(problem: Product, form: Form = PLAIN) -> gpu.Parts | str:
+    """Return the pieces of the program for a product, or why there are none.
 
-    The lines name `operand`, `weight`, `scales` (a tuple, empty for floats), the tensors of the
-    form, `out` and `arranged`.
+    The lines of `run` name `operand`, `weight`, `scales` (a tuple, empty for floats), the tensors
+    of the form, and `out`.
     """
-
-    constants: dict[str, Any]
-    text: str
-    lines: list[str]
-    scratch: tuple[gpu.Scratch, ...]
-
-
-def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
-    """Return the pieces of the program for a product, or why there are none."""
     result, groups = problem.result, problem.groups
     batch, channels, *size = (int(number) for number in result.shape)
     columns, depth = channels // groups, problem.depth
@@ -178,14 +168,14 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
     constants["W_GROUP"] = constants["WS0"] * (channels if problem.forward else problem.contracted)
     constants["W_GROUP"] //= groups
     lines: list[str] = []
-    scratch: tuple[gpu.Scratch, ...] = ()
+    memory: dict[str, gpu.Scratch] = {}
     filters = "weight"
     of_channels, of_filters = (
         "".join(f", {name}" for name in names) for names in (form.channels, form.filters)
     )
     if form is not PLAIN or not problem.arranged:
         dtype = torch.uint8 if byte else problem.dtype
-        scratch = (gpu.Scratch(channels * taps * depth, dtype),)
+        memory["arranged"] = gpu.Scratch(channels * taps * depth, dtype)
         grid = "(triton.cdiv(ARRANGED.value, 1024),)"
         lines.append(f"arrange[{grid}](weight{of_filters}, arranged)")
         filters = "arranged"
@@ -205,7 +195,7 @@ def emit(problem: Product, form: Form = PLAIN) -> Parts | str:
     names = {", SCALES": scales, ", CHANNELS": of_channels, ", FILTERS": of_filters}
     for place, given_names in names.items():
         text = text.replace(place, given_names)
-    return Parts(constants, text, lines, scratch)
+    return gpu.Parts(constants, text, lines, memory)
 
 
 def _channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -49,15 +49,15 @@ def input_gradient_program(
     )  # fmt: skip
     if isinstance(parts, str):
         return parts
-    # Weights may lie in memory in any order: they are always put in that of the product.
+    given = ", ".join(("grad", "weight", "threshold", "seed", "out", *parts.memory, "operand"))
     run = (
-        "def run(grad, weight, threshold, seed, out, arranged, operand):",
+        f"def run({given}):",
         "    prune[PRUNE_GRID.value](grad, threshold, seed, operand)",
         "    scales = ()",
         *(f"    {line}" for line in parts.lines),
     )
     constants = {**_constants(grad, border, salt, block), **parts.constants}
-    scratch = (*parts.scratch, gpu.Scratch(out[0] * high * wide * channels, grad.dtype))
+    scratch = (*parts.memory.values(), gpu.Scratch(out[0] * high * wide * channels, grad.dtype))
     about = gpu.about("pruned_dgrad", grad=grad, weight=weight)
     return gpu.program(about, constants, _PRUNE + parts.text + "\n" + "\n".join(run), scratch)
 
@@ -92,13 +92,13 @@ def weight_gradient_program(
     if isinstance(parts, str):
         return parts
     run = (
-        "def run(given, x, threshold, seed, out, sums, grad):",
+        f"def run(given, x, threshold, seed, out, {', '.join(parts.memory)}, grad):",
         "    prune[PRUNE_GRID.value](given, threshold, seed, grad)",
         *(f"    {line}" for line in parts.lines),
     )
     given = _constants(grad, ([0, 0], [0, 0]), salt, block)
     constants = {**given, **parts.constants}
-    scratch = (*parts.scratch, gpu.Scratch(grad.numel(), grad.dtype))
+    scratch = (*parts.memory.values(), gpu.Scratch(grad.numel(), grad.dtype))
     about = gpu.about("pruned_wgrad", grad=grad, x=x)
     return gpu.program(about, constants, _PRUNE + parts.text + "\n".join(run), scratch)
 

@@ -130,9 +130,10 @@ def _program(
         "CS": 0 if center is None else center.stride(0), "TAPS": math.prod(kernel),
     }  # fmt: skip
     given = _names((*operands, *shares[1:]))
-    run = [f"def run(grad, x{given}, out, sums):", *(f"    {line}" for line in parts.lines)]
+    given += _names(("out", *parts.memory))
+    run = [f"def run(grad, x{given}):", *(f"    {line}" for line in parts.lines)]
     about = gpu.about(name, grad=grad, x=x)
-    return gpu.program(about, constants, parts.text + "\n".join(run), parts.scratch)
+    return gpu.program(about, constants, parts.text + "\n".join(run), tuple(parts.memory.values()))
 
 
 def _names(names: tuple[str, ...]) -> str:

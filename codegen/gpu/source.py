@@ -84,6 +84,23 @@ class Program:
     scratch: tuple[Scratch, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Emitted pieces of a program, for who writes its `run`.
+
+    Attributes:
+        constants: what the text needs to know.
+        text: kernels.
+        lines: of `run`; they name operands and results as whoever emitted them says.
+        memory: scratch memory, by the names that the lines have for it.
+    """
+
+    constants: dict[str, Any]
+    text: str
+    lines: list[str]
+    memory: dict[str, Scratch]
+
+
 def program(
     about: str,
     constants: Mapping[str, Any],

@@ -6,7 +6,7 @@ take as long as the one with most tiles. Few tiles with much to contract are sha
 `splits` programs, whose sums are added up behind them.
 
 Emission takes the first of the list, or one behind it inside `ranked`: what is launched is decided
-by timing the first few (`codegen.gpu.choice`).
+by timing the first few (`codegen.gpu.choice`), and one without tiles, where there is one.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,8 @@ _CACHE_BYTES, MEMORY_BYTES = 32, 20
 _STEP, _PROGRAM = 150, 1500
 # What is worth timing: so many, and predicted to take no longer than so many times the first.
 LONGEST, _CLOSE = 3, 1.25
+# The rank at which weight gradients have their operands gathered, and multiplied by the vendor.
+GATHERED = LONGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ def ranked(rank: int) -> Iterator[None]:
 
 
 _RANK: ContextVar[int] = ContextVar("rank", default=0)
+
+
+def gathering() -> bool:
+    """Return whether what is emitted may gather its operands for the vendor's library."""
+    return _RANK.get() >= GATHERED
 
 
 def short_list(work: Work) -> tuple[Tile, ...]:

@@ -4,6 +4,8 @@ A tile is BM output channels by BN columns; a column is a tap and an input chann
 What is contracted is output pixels, all of them, those of a list or of a phase, BK at a time. Few
 filters make few tiles: the pixels are shared out among SPLITS programs a tile, each writes its own
 sums, and another kernel adds them up in order, so that the same call gives the same bits.
+
+Or operands are gathered first, and multiplied by the vendor's library (`codegen.gpu.gathered`).
 """
 
 from dataclasses import dataclass
@@ -13,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.gpu import gathered, tiles
 from codegen.gpu import source as gpu
-from codegen.gpu import tiles
-from codegen.gpu.products import Parts
 
 _MOST = 1 << 31
 
@@ -84,8 +85,10 @@ def channel_of(column, group, OPERANDS):
 """
 
 
-def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
+def emit(problem: Problem, pixels: int, form: Form) -> gpu.Parts | str:
     """Return the pieces of the program for a weight gradient, or why there are none.
+
+    The lines of `run` name `grad`, `x`, the tensors of the form, and `out`.
 
     Args:
         problem: the weight gradient.
@@ -130,20 +133,29 @@ def emit(problem: Problem, pixels: int, form: Form) -> Parts | str:
         **{f"XS{axis}": step for axis, step in enumerate(problem.x_strides)},
         **gpu.strides("RS", problem.result),
     }  # fmt: skip
-    # Bytes that are turned around take registers too: with 4 warps, too many from 128 by 64 on.
-    warps = 8 if tile["BM"] * tile["BN"] >= (128 * 64 if byte else 128 * 128) else 4
-    grid = f"({count}, {splits}, {problem.groups})"
     operands, finish = (
         "".join(f", {name}" for name in names) for names in (form.operands, form.finish)
     )
-    lines = [
-        f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)",
-        f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)",
-    ]
-    text = form.text + form.channels + gpu.added(problem.dtype) + _TEXT
+    refused = gathered.unsuitable(
+        problem.dtype, constants["PRECISION"], problem.groups, pixels, own + columns
+    )
+    if tiles.gathering() and refused is None:
+        constants |= {"SPLITS": 1, **gathered.constants(own, depth, prod(problem.kernel))}
+        memory = gathered.scratch(pixels, own, columns, problem.dtype)
+        lines = [line.format(operands=operands) for line in gathered.LINES]
+        text = gathered.TEXT
+    else:
+        # Bytes that are turned around take registers too: with 4 warps, too many from 128 by 64 on.
+        warps = 8 if tile["BM"] * tile["BN"] >= (128 * 64 if byte else 128 * 128) else 4
+        wide = torch.int32 if integer else torch.float32
+        memory = {"sums": gpu.Scratch(splits * filters * columns, wide)}
+        grid = f"({count}, {splits}, {problem.groups})"
+        lines = [f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)"]
+        text = gpu.added(problem.dtype) + _PRODUCT
+    lines.append(f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)")
+    text = form.text + form.channels + text + _FINISH
     text = text.replace(", OPERANDS", operands).replace(", FINISH", finish)
-    sums = gpu.Scratch(splits * filters * columns, torch.int32 if integer else torch.float32)
-    return Parts(constants, text, lines, (sums,))
+    return gpu.Parts(constants, text, lines, memory)
 
 
 def _cut(
@@ -221,7 +233,7 @@ def finished(sum, o, tap, channel, inside):
 """
 )
 
-_TEXT = """
+_PRODUCT = """
 @triton.jit
 def product(grad, x, OPERANDS, sums):
     group = tl.program_id(2)
@@ -255,7 +267,9 @@ def product(grad, x, OPERANDS, sums):
         sum = added(sum, tl.trans(left), right)
     at = (tl.program_id(1) * CO + group * OG + o).to(INDEX)[:, None] * COLUMNS + column[None, :]
     tl.store(sums + at, sum, mask=(o < OG)[:, None] & (column < COLUMNS)[None, :])
+"""
 
+_FINISH = """
 
 @triton.jit
 def finish(sums, FINISH, out):

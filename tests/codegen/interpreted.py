@@ -21,7 +21,8 @@ from torch import Tensor
 
 from codegen import int8
 from codegen.gpu import build, target
-from codegen.kernel import Kernel, Sample, kernels, run_program, triton_program
+from codegen.gpu.source import Program
+from codegen.kernel import Kernel, Sample, kernels, run_program, triton_programs
 from tests.contract.test_kernels import _check, _map
 
 # Large for a program that interprets, by their grids mostly. Run when their kernel is named.
@@ -66,11 +67,18 @@ def cases(names: list[str]) -> Iterator[tuple[Kernel, int, int]]:
 
 
 def run(kernel: Kernel, sample: Sample) -> str:
-    """Return what is wrong with a kernel's results."""
+    """Return what is wrong with a kernel's results: of the first tiles, and without any."""
     args = tuple(map(_half, sample.args()))
-    program = triton_program(kernel, *args)
-    if isinstance(program, str):
-        return program
+    programs = triton_programs(kernel, *args)
+    if isinstance(programs, str):
+        return programs
+    gathered = [program for program in programs if "def gather(" in program.text]
+    for program in (programs[0], *gathered):
+        _run(kernel, sample, args, program)
+    return ""
+
+
+def _run(kernel: Kernel, sample: Sample, args: tuple[Any, ...], program: Program) -> None:
     before = _map(args, Tensor.clone)
     module = build.load(kernel.name, program)
     results = run_program(kernel, module, program, *args)
@@ -83,7 +91,6 @@ def run(kernel: Kernel, sample: Sample) -> str:
     for value, other in zip(args, before, strict=True):
         if isinstance(value, Tensor):
             assert torch.equal(value.nan_to_num(), other.nan_to_num()), "an operand was written"
-    return ""
 
 
 def _is_float(value: Any) -> bool:
