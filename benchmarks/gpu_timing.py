@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from codegen.gpu import choice
+
 Run = Callable[[], object]
 # Replays of one turn take about this long; turns of different runs alternate.
 _TURN_S = 0.01
@@ -20,7 +22,7 @@ def times(runs: Mapping[str, Run], device: str, turns: int = 7) -> dict[str, lis
     """
     if device == "cpu":
         return {name: [_clock(run) for _ in range(turns)] for name, run in runs.items()}
-    recorded = {name: record(run) for name, run in runs.items()}
+    recorded = {name: choice.replayed(run) for name, run in runs.items()}
     repeats = {name: max(1, round(_TURN_S / max(_events(run, 3), 1e-7))) for name, run in
                recorded.items()}  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -28,25 +30,6 @@ def times(runs: Mapping[str, Run], device: str, turns: int = 7) -> dict[str, lis
         for name, run in recorded.items():
             seconds[name].append(_events(run, min(repeats[name], 2000)))
     return seconds
-
-
-def record(run: Run) -> Run:
-    """Return the replay of a function that has been run, or the function if it cannot be recorded.
-
-    Raises:
-        RuntimeError: if the function itself fails.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def step_times(steps: Mapping[str, Run], device: str, turns: int, repeat: int) -> dict[str, float]:
@@ -75,6 +58,20 @@ def kernels(step: Run, count: int = 24) -> dict[str, float]:
     for event in seen.key_averages():
         seconds[event.key[:80]] += event.self_device_time_total / 2e6
     return dict(seconds.most_common(count))
+
+
+def host_s(run: Run, calls: int = 300) -> float:
+    """Return what the host takes for a call of something small."""
+    for _ in range(10):
+        run()
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
 
 
 def bandwidth_bytes_per_s() -> float:

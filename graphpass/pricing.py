@@ -37,6 +37,10 @@ _CALIBRATED_ERROR, _GUESS_ERROR, _GPU_ERROR = 0.25, 0.5, 1.0
 # What it takes on a CPU to get to a kernel of ours, through Python, beside a launch; measured ones
 # have it in their figures. Warm, on the smallest operands: 8.7 us, a vendor's product 3.5 us.
 _DISPATCH_S = 5e-6
+# What the host takes on a GPU to get to a kernel of ours, added to the kernel as if the GPU waited
+# for it. So it does in a step of small kernels, which approximations would make slower; in one of
+# large kernels this is little beside them.
+_GPU_CALL_S = 30e-6
 # How long products may be timed for the plans of one graph, in seconds, by the type of device. On
 # a GPU nothing is known before, and kernels take longer to compile, if for the step as well.
 TIMING_S = {"cpu": 5.0, "cuda": 60.0}
@@ -209,14 +213,21 @@ class HardwarePricing:
         predicted, measured = self._predicted(way), self.timings.of(way)
         if measured is None:
             return predicted
-        return replace(_scaled(predicted, measured), source="measured", error=0.0)
+        whole_s = measured + self._host_s(self._kernels(way))
+        return replace(_scaled(predicted, whole_s), source="measured", error=0.0)
 
     def _predicted(self, way: Way) -> Price:
         bound = self._kernels(way)
         times = [(kernel.shared, self._kernel_s(kernel)) for kernel in counted_once(bound)]
         shared = {name: kernel_s for name, kernel_s in times if name}
-        whole = sum(kernel_s for _, kernel_s in times)
+        whole = sum(kernel_s for _, kernel_s in times) + self._host_s(bound)
         return Price(whole, shared, self.source, self._error(bound))
+
+    def _host_s(self, bound: Iterable[KernelCost]) -> float:
+        """Return what the host adds on a GPU."""
+        if self.analysis.device == "cpu":
+            return 0.0
+        return _GPU_CALL_S * sum(kernel.kind in kernels() for kernel in counted_once(bound))
 
     def _kernels(self, way: Way) -> list[KernelCost]:
         site, method, params = way

@@ -56,21 +56,18 @@ def operands(site: Site, device: str = "cpu") -> dict[str, Tensor]:
         site: a product whose sizes are all known.
         device: where they are to be.
     """
-    return {name: tensor.to(device) for name, tensor in _operands(site).items()}
-
-
-def _operands(site: Site) -> dict[str, Tensor]:
     dtype = getattr(torch, site.dtype)
+    random = partial(_numbers, device)
     if site.conv is not None:
-        x, weight, grad = (_random(shape) for shape in site.shapes)
+        x, weight, grad = (random(shape) for shape in site.shapes)
         made = {"input": x.relu(), "weight": weight, "grad": grad * _scales(grad)}
         return {name: _laid_out(tensor.to(dtype)) for name, tensor in made.items()}
     if len(site.shapes) != 2:
         return {
-            name: _random(shape).to(dtype)
+            name: random(shape).to(dtype)
             for name, shape in zip(("query", "key", "value"), site.shapes, strict=True)
         }
-    left, right = (_random(shape).to(dtype) for shape in site.shapes)
+    left, right = (random(shape).to(dtype) for shape in site.shapes)
     # A layer holds x and the gradient as [rows, channels], and its weight as [out, in].
     if site.gradient is Gradient.WEIGHT:
         left = left.mT.contiguous().mT
@@ -82,7 +79,7 @@ def _operands(site: Site) -> dict[str, Tensor]:
         rows, columns = site.output[1 - site.outer], contracted
         if site.gradient is Gradient.WEIGHT:
             rows, columns = columns, rows
-        factors = _random((rows, inner)), _random((columns, inner)).mT
+        factors = random((rows, inner)), random((columns, inner)).mT
         made |= {name: of.to(dtype) for name, of in zip(FACTORS, factors, strict=True)}
     return made
 
@@ -203,22 +200,23 @@ def _attention(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Run:
     )
 
 
-def _random(shape: Shape) -> Tensor:
+def _numbers(device: str, shape: Shape) -> Tensor:
     """Return normal values; they recur, as drawing them takes longer than most products."""
     count = math.prod(_ints(shape))
-    pool = _pool()
+    pool = _pool(device)
     return pool.expand(-(-count // len(pool)), -1).reshape(-1)[:count].view(_ints(shape))
 
 
 @cache
-def _pool() -> Tensor:
+def _pool(device: str) -> Tensor:
     # It outlives the mode that operands may be made in, to compile for them.
     with unset_fake_temporarily():
-        return torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
+        return torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _scales(grad: Tensor) -> Tensor:
-    return torch.rand(1, grad.shape[1], *[1] * (grad.dim() - 2))
+    # Not drawn by torch's own generator, which is the training's.
+    return _numbers(grad.device.type, (1, grad.shape[1], *[1] * (grad.dim() - 2))).abs()
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def program(
         "DH": dilation[0], "DW": dilation[1], "TAPS": taps, "TAP_ROWS": gpu.power(taps, 16),
         "NORMS": pixels // block, "RUN": block, "PIXELS": pixels, "P": run, "STEPS": steps,
         "PROGRAMS": programs, "ACROSS": across, "PARTS": gpu.ceil_div(channels, across),
-        # Programs whose sums are added up at a time.
-        "ADDED": gpu.power(programs, 1, 32),
+        # Programs whose sums are added up at a time: many, as each round waits for memory.
+        "ADDED": gpu.power(programs, 1, 256),
         "INDEX": gpu.index_type(grad, programs * channels * taps),
         **gpu.strides("GS", grad),
     }  # fmt: skip
@@ -94,9 +94,9 @@ def roots(squares, norms):
 
 @triton.jit
 def add(sums, result):
-    i = tl.program_id(0) * 32 + tl.arange(0, 32)
+    i = tl.program_id(0) * 16 + tl.arange(0, 16)
     number = tl.arange(0, ADDED)
-    sum = tl.zeros([ADDED, 32], dtype=tl.float32)
+    sum = tl.zeros([ADDED, 16], dtype=tl.float32)
     for first in range(0, PROGRAMS, ADDED):
         at = (first + number).to(INDEX)[:, None] * (CO * TAPS) + i[None, :]
         mask = (first + number < PROGRAMS)[:, None] & (i < CO * TAPS)[None, :]
@@ -107,5 +107,5 @@ def add(sums, result):
 def run(grad, norms, result, squares, sums):
     scan[(PROGRAMS.value,)](grad, squares, sums)
     roots[(triton.cdiv(NORMS.value, 1024),)](squares, norms)
-    add[(triton.cdiv(CO.value * TAPS.value, 32),)](sums, result)
+    add[(triton.cdiv(CO.value * TAPS.value, 16),)](sums, result)
 """

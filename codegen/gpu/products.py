@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codegen.gpu import source as gpu
-from codegen.gpu import tiles
+from codegen.gpu import target, tiles
 
 # Pixels that tiles are cut from are numbered in 32 bits, and so are sums of products of bytes.
 _MOST = 1 << 31
@@ -134,7 +134,8 @@ def emit(problem: Product, form: Form = PLAIN) -> gpu.Parts | str:
     taps, byte = prod(problem.kernel), problem.dtype in gpu.BYTES
     least, most = _DEPTHS[problem.dtype.itemsize]
     # Channels of a list have an address each: a deep tile's would not fit into registers.
-    deep = gpu.power(depth, least, most if problem.taken is None else most // 2)
+    most = 128 if byte and target.is_large() else most
+    deep = _deep(depth, least, most if problem.taken is None else most // 2)
     tile = _cut(batch, columns, deep, problem, phases[0])
     sizes = (batch, problem.contracted, *problem.operand)
     operand_strides = problem.operand_strides or _channels_last(sizes)
@@ -203,6 +204,13 @@ def _channels_last(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return height * width * channels, 1, width * channels, channels
 
 
+def _deep(depth: int, least: int, most: int) -> int:
+    """Return how many channels are contracted at a time: many, and few beyond the last one."""
+    powers = [number for number in (16, 32, 64, 128) if least <= number <= most]
+    # A step takes a fixed time too, that of a quarter of the most.
+    return min(powers[::-1], key=lambda deep: gpu.ceil_div(depth, deep) * (deep + most // 4))
+
+
 def _cut(
     batch: int, columns: int, deep: int, problem: Product, phase: dict[str, int]
 ) -> dict[str, int]:
@@ -210,7 +218,10 @@ def _cut(
     rows = batch * phase["ROWS"] * phase["COLUMNS"]
     steps = phase["TAPS_Y"] * phase["TAPS_X"] * gpu.ceil_div(problem.depth, deep)
     itemsize = problem.dtype.itemsize
-    tile = tiles.best(tiles.Work(rows, columns, steps, deep, problem.groups, itemsize, least=32))
+    widest = 256 if target.is_large() and problem.taken is None else 128
+    tile = tiles.best(
+        tiles.Work(rows, columns, steps, deep, problem.groups, itemsize, least=32, widest=widest)
+    )
     return {"BM": tile.high, "BN": tile.wide, "BK": deep}
 
 

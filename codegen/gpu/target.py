@@ -8,6 +8,15 @@ import torch
 _SUPPOSED = "sm_90"
 
 
+# Those with 227 KB of shared memory, and tensor cores that read it themselves.
+_LARGE = ("sm_90", "sm_100", "sm_103")
+
+
+def is_large() -> bool:
+    """Return whether a program may have tiles of 256 columns, and 128 bytes to contract."""
+    return architecture() in _LARGE
+
+
 @cache
 def architecture() -> str:
     """Return the current GPU as compilers call it, such as "sm_90" or "gfx942"."""

@@ -43,6 +43,7 @@ class Work:
         groups: how many such products.
         itemsize: bytes of a value.
         least: rows and columns of the smallest tile that is considered.
+        widest: columns of the largest.
         turned: whether operands are turned around on their way to the tensor cores, which then
             take bytes at half their rate.
         shared: whether several programs may share what is contracted for a tile.
@@ -55,6 +56,7 @@ class Work:
     groups: int
     itemsize: int
     least: int
+    widest: int = 128
     turned: bool = False
     shared: bool = False
 
@@ -101,8 +103,8 @@ def gathering() -> bool:
 def short_list(work: Work) -> tuple[Tile, ...]:
     """Return the tiles worth timing, those with the least predicted clocks first."""
     heights, widths = (
-        sorted({power(size, 16, most) for most in (32, 64, 128) if most >= work.least})
-        for size in (work.rows, work.columns)
+        sorted({power(size, 16, most) for most in (32, 64, 128, 256) if work.least <= most <= top})
+        for size, top in ((work.rows, 128), (work.columns, work.widest))
     )
     found = [
         (clocks(work, tile), -high, -wide, splits, tile)

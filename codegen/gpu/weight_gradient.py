@@ -152,7 +152,12 @@ def emit(problem: Problem, pixels: int, form: Form) -> gpu.Parts | str:
         grid = f"({count}, {splits}, {problem.groups})"
         lines = [f"product[{grid}](grad, x{operands}, sums, num_warps={warps}, num_stages=3)"]
         text = gpu.added(problem.dtype) + _PRODUCT
-    lines.append(f"finish[(triton.cdiv(CO.value * COLUMNS.value, 256),)](sums{finish}, out)")
+    # Sums of many programs are read at a time: each round waits for memory.
+    summed = gpu.power(constants["SPLITS"], 1, 32)
+    constants |= {"SUMMED": summed, "ENDED": max(32, 256 // summed)}
+    lines.append(
+        f"finish[(triton.cdiv(CO.value * COLUMNS.value, ENDED.value),)](sums{finish}, out)"
+    )
     text = form.text + form.channels + text + _FINISH
     text = text.replace(", OPERANDS", operands).replace(", FINISH", finish)
     return gpu.Parts(constants, text, lines, memory)
@@ -273,12 +278,15 @@ _FINISH = """
 
 @triton.jit
 def finish(sums, FINISH, out):
-    i = tl.program_id(0).to(INDEX) * 256 + tl.arange(0, 256)
+    i = tl.program_id(0).to(INDEX) * ENDED + tl.arange(0, ENDED)
     inside = i < CO * COLUMNS
-    sum = tl.zeros([256], dtype=tl.float32)
-    for split in range(0, SPLITS):
-        at = sums + i + split * (CO * COLUMNS)
-        sum += tl.load(at, mask=inside, other=0).to(tl.float32)
+    parts = tl.zeros([SUMMED, ENDED], dtype=tl.float32)
+    for first in range(0, SPLITS, SUMMED):
+        split = first + tl.arange(0, SUMMED)
+        at = sums + i[None, :] + split[:, None].to(INDEX) * (CO * COLUMNS)
+        mask = inside[None, :] & (split < SPLITS)[:, None]
+        parts += tl.load(at, mask=mask, other=0).to(tl.float32)
+    sum = tl.sum(parts, axis=0)
     o = i // COLUMNS
     tap = i % COLUMNS // CG
     channel = i % CG
