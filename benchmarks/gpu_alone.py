@@ -1,6 +1,6 @@
 """One at a time on the GPU: whoever times has the other processes of `benchmarks.gpu` stopped.
 
-They are groups of processes, each with a file named after it in the folder that an environment
+They are sessions of processes, each with a file named after it in the folder that an environment
 variable names. What a stopped process has launched runs to its end first.
 """
 
@@ -23,14 +23,25 @@ _WAIT_S = 0.15
 _DEPTH = [0]
 
 
+def note(session: int) -> Path:
+    """Return the file that says that a session can be stopped."""
+    return Path(os.environ[FOLDER], f"{session}.session")
+
+
 def signal_others(number: int) -> None:
-    """Send a signal to all other groups of processes."""
-    for path in Path(os.environ[FOLDER]).glob("*.group") if FOLDER in os.environ else ():
-        if int(path.stem) != os.getpgrp():
-            try:
-                os.killpg(int(path.stem), number)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
+    """Send a signal to all sessions but this one."""
+    files = Path(os.environ[FOLDER]).glob("*.session") if FOLDER in os.environ else ()
+    signal_sessions({int(path.stem) for path in files} - {os.getsid(0)}, number)
+
+
+def signal_sessions(sessions: set[int], number: int) -> None:
+    """Send a signal to every process of some sessions, whatever group it has made for itself."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(path.name)) in sessions:
+                os.kill(int(path.name), number)
+        except ProcessLookupError:
+            continue
 
 
 @contextmanager
