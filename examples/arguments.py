@@ -73,6 +73,7 @@ def settings(arguments: Namespace) -> Settings:
         dtype=arguments.dtype,
         channels_last=arguments.channels_last,
         max_steps=arguments.max_steps,
+        device=arguments.device,
     )
 
 
@@ -140,6 +141,7 @@ def _add_training(parser: ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="bf16: autocast")
     group.add_argument("--channels-last", action="store_true", help="memory format of the images")
+    group.add_argument("--device", default=default.device, help="cpu, cuda, cuda:0, ...")
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute on")
     group.add_argument(
         "--max-steps",
