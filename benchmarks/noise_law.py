@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, write the results after every run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise_law", description=__doc__)
     trainings.add_arguments(parser, "noise_law")
-    parser.add_argument("--epochs", type=int, default=12, help="of planned trainings")
-    parser.add_argument("--short", type=int, nargs="*", default=[3, 5, 8, 10], help="of exact ones")
+    parser.add_argument("--epochs", type=int, default=10, help="of planned trainings")
+    parser.add_argument("--short", type=int, nargs="*", default=[3, 5, 7, 12], help="of exact ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit-train", type=int, help="train on fewer images, to try the flow")
     given = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def _trainings(given: argparse.Namespace, plans: dict[str, Any]) -> Iterator[Tra
             measured = (*common, *whole, *exact, "--plans", RESULTS)
             yield Training(MOMENTS, measured, MOMENTS, "benchmarks.noise_moments")
         for name, plan in plans.items():
-            program, arguments = "examples.cifar10", (*common, *whole, "--methods-json")
+            program, arguments = "examples.cifar10", (*common, *whole, "--strict", "--methods-json")
             arguments += (json.dumps(plan["methods"]),)
             if number == 0:
                 # The first of a kind compiles what the others find in the caches.

@@ -1,6 +1,6 @@
 """An exact training, at some epochs of which the noise of the gradient is measured, and of plans.
 
-    python -m benchmarks.noise_moments --data DIR --epochs 12 --plans noise_law_plans --json FILE
+    python -m benchmarks.noise_moments --data DIR --epochs 10 --plans noise_law_plans --json FILE
 
 At fixed weights, from fresh batches: V = E|g - E g|^2 and |E g|^2 of the exact gradient, and
 tau = E|ĝ - g|^2 / V of every plan, over batches and draws. `benchmarks.noise_law` runs it among its
@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.prog = "python -m benchmarks.noise_moments"
     parser.set_defaults(backend="inductor")
     parser.add_argument("--plans", required=True, help="name of the results file with the plans")
-    parser.add_argument("--moments", type=int, nargs="+", default=(1, 3, 5, 8, 11), help="epochs")
+    parser.add_argument(
+        "--moments", type=int, nargs="+", default=(1, 2, 4, 6, 8, 10), help="epochs"
+    )
     parser.add_argument("--fresh", type=int, default=64, help="batches that V is measured from")
     parser.add_argument("--repeat", type=int, default=3, help="batches that tau is measured on")
     parser.add_argument("--draws", type=int, default=4, help="of each of them")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ class Process:
             # Linux counts it in KiB.
             "peak_memory_bytes": used.ru_maxrss * 1024,
             "environment": content.get("environment"),
+            "products": _products(content),
             **(content["runs"][0] if content else {"epochs": []}),
         }
 
@@ -171,6 +173,12 @@ def _ready(
     """Return the first training that need not wait for another one to compile its code."""
     compiling = {process.training.kind for process in running} - compiled - {""}
     return next((training for training in waiting if training.kind not in compiling), None)
+
+
+def _products(content: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many products each method computes: that what was asked for was done."""
+    rows = [row for report in content.get("reports", ()) for row in report["rows"]]
+    return dict(Counter(f"{row['method']} {row['gradient']}" for row in rows))
 
 
 def _environment(threads: int) -> Mapping[str, str]:

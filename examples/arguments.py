@@ -17,7 +17,8 @@ from graphpass.errors import ConfigError
 from graphpass.options import PRODUCTS
 
 _APPROX_ONLY = (
-    "method", "methods_json", "recipe", "schedule", "budget", "gradients", "max_bias", "report"
+    "method", "methods_json", "recipe", "schedule", "budget", "gradients", "max_bias", "report",
+    "strict",
 )  # fmt: skip
 # What says which products are approximated, and how.
 _CHOICES = ("method", "methods_json", "recipe")
@@ -99,6 +100,8 @@ def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> 
         options["gradients"] = arguments.gradients
     if arguments.max_bias is not None:
         options["max_bias"] = arguments.max_bias
+    if arguments.strict:
+        options["strict"] = True
     return options
 
 
@@ -175,6 +178,11 @@ def _add_approximation(parser: ArgumentParser) -> None:
         help="what the planner may approximate (weight input)",
     )
     group.add_argument("--max-bias", type=float, metavar="B", help="squared bias that it may add")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="end where graphpass fails, instead of going on exactly",
+    )
     group.add_argument("--report", action="store_true", help="print what was approximated, and why")
     group.add_argument(
         "--compare",
