@@ -198,7 +198,9 @@ def table(runs: Runs, studies: Sequence[str]) -> Table:
         scores = {way: _scores(runs, name, way) for way in study.ways}
         for way, how in study.ways.items():
             pairs = list(zip(scores[EXACT], scores[way], strict=True))
-            both = [(exact, mine) for exact, mine in pairs if exact is not None and mine is not None]
+            both = [
+                (exact, mine) for exact, mine in pairs if exact is not None and mine is not None
+            ]
             change = statistics.mean(mine - exact for exact, mine in both) if both else None
             shown.add_row(
                 name, way, _saved(runs.get(f"{name} {way}/0")), how.saved,

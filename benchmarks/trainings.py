@@ -103,6 +103,7 @@ class Process:
             "peak_memory_bytes": used.ru_maxrss * 1024,
             "environment": content.get("environment"),
             "products": _products(content),
+            "flops_share": _flops_share(content.get("reports", [])),
             **(content["runs"][0] if content else {"epochs": []}),
         }
 
@@ -165,6 +166,13 @@ def add_arguments(parser: ArgumentParser, output: str) -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trainings that run together")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end what still runs then")
     parser.add_argument("--output", default=output, help="name or path of the results, no suffix")
+
+
+def _flops_share(reports: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of the exact FLOPs that a training does in its products."""
+    rows = [row for report in reports for row in report["rows"]]
+    exact = sum(row["exact_flops"] for row in rows)
+    return sum(row["planned_flops"] for row in rows) / exact if exact else 1.0
 
 
 def _ready(

@@ -208,8 +208,10 @@ class Batches:
             self._position = 0
             self._order = torch.randperm(len(self._data.train), generator=self._generator)
         start = self._position * self._batch_size
+        # Nothing waits for a GPU: it is a visible part of a small step, and more where processes
+        # share one.
         device = self._data.train.images.device
-        chosen = self._order[start : start + self._batch_size].to(device)
+        chosen = self._order[start : start + self._batch_size].to(device, non_blocking=True)
         self._position += 1
         images = self._augment(self._data.train.images[chosen])
         return self._data.normalise(images, self._channels_last), self._data.train.labels[chosen]
@@ -237,11 +239,12 @@ class Batches:
         # Drawn on the processor; whole tensors are worked on where the images are.
         drawn = torch.randint(2 * pad + 1, (2, batch, 1), generator=self._generator)
         device = images.device
-        offsets = drawn.to(device)
+        offsets = drawn.to(device, non_blocking=True)
         rows = offsets[0] + torch.arange(height, device=device)  # [B, H]
         columns = torch.arange(width, device=device).expand(batch, width)
         if self._data.flip:
-            mirrored = (torch.rand(batch, 1, generator=self._generator) < 0.5).to(device)
+            mirrored = torch.rand(batch, 1, generator=self._generator) < 0.5
+            mirrored = mirrored.to(device, non_blocking=True)
             columns = torch.where(mirrored, width - 1 - columns, columns)
         columns = columns + offsets[1]  # [B, W]
         # One gather crops and mirrors at once: positions in the padded image, row after row.

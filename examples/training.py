@@ -25,6 +25,10 @@ from examples import checkpoint, results
 from examples.settings import Settings
 from graphpass.backend import approx
 from graphpass.errors import ConfigError
+from graphpass.sparse import leaves_weights_out
+
+# How far the host may be ahead of a GPU.
+_STEPS_AHEAD = 32
 
 Batch = tuple[Tensor, Tensor]
 Forward = Callable[[Tensor], Tensor]
@@ -120,8 +124,9 @@ class Trainer:
         self.optimizer.step()
         self._epoch_loss += loss.detach()
         self.step += 1
-        if self._on_gpu:
-            # Seconds are those of the work, not of handing it over.
+        if self._on_gpu and (self.step % _STEPS_AHEAD == 0 or self.between_epochs or self.done):
+            # So that seconds add up to those of the work, not of handing it over. To wait in every
+            # step would be a visible part of small ones, most of all where processes share a GPU.
             torch.cuda.synchronize(self._device)
         # Variants of a schedule may be compiled when they are first needed, not on the first step.
         compiled = not self.times or _compilations() != compilations
@@ -203,10 +208,16 @@ class Trainer:
 
     def _score(self) -> float:
         self.task.model.eval()
-        with torch.no_grad(), self.settings.autocast():
+        with torch.no_grad(), self.settings.autocast(), self._trained_weights():
             score = self.task.score(self.task.model)
         self.task.model.train()
         return score
+
+    def _trained_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the model has the weights that training computes with."""
+        if self.settings.backend == "approx" and leaves_weights_out(self.compiled):
+            return graphpass.sparse_weights(self.compiled)
+        return contextlib.nullcontext()
 
     def _epoch_s(self) -> float:
         here_s = results.without_compilation(self.times)[self._epoch_first :]
