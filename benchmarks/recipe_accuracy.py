@@ -179,7 +179,8 @@ def planned(given: argparse.Namespace) -> list[Training]:
             dtype = given.dtype if study.program == "examples.cifar10" else "fp32"
             for way, how in study.ways.items() if seed < study.seeds else ():
                 arguments = [*study.arguments, *shared, *how.arguments, "--dtype", dtype]
-                arguments += ["--seed", str(seed)]
+                # Where something cannot be done, exact training is not to pass for it.
+                arguments += ["--seed", str(seed), *(() if way == EXACT else ("--strict",))]
                 for limit in ("epochs", "max_steps"):
                     if (value := getattr(given, limit)) is not None:
                         arguments += [f"--{limit.replace('_', '-')}", str(value)]
@@ -204,11 +205,17 @@ def table(runs: Runs, studies: Sequence[str]) -> Table:
             change = statistics.mean(mine - exact for exact, mine in both) if both else None
             shown.add_row(
                 name, way, _saved(runs.get(f"{name} {way}/0")), how.saved,
-                str(min(_epochs(runs, name, seed) for seed in range(study.seeds))),
+                _lengths(runs, name),
                 _spread([score for score in scores[way] if score is not None]),
                 "-" if change is None or way == EXACT else f"{change:+.2f}", how.score,
             )  # fmt: skip
     return shown
+
+
+def _lengths(runs: Runs, name: str) -> str:
+    """Return after how many epochs the seeds of a study are compared."""
+    found = {_epochs(runs, name, seed) for seed in range(STUDIES[name].seeds)} - {0}
+    return " or ".join(map(str, sorted(found))) or "-"
 
 
 def _epochs(runs: Runs, name: str, seed: int) -> int:
