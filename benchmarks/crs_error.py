@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"Error of sampled products, {given.size}x{given.size}, entries of mean {mean}"
         path = RESULTS / f"{given.output}-mean{mean}.svg"
         labels = ("share of terms taken", "|AB - estimate| / (|A| |B|)")
-        line_plot.write(path, title, labels, SHARES, lines)
+        drawn = {name: line_plot.Line(SHARES, values) for name, values in lines.items()}
+        line_plot.write(path, title, labels, SHARES, drawn)
     settings = {"runs": given.runs, "size": given.size, "shares": SHARES}
     Console().print(f"written to {write_results(given.output, {**settings, 'errors': record})}")
 

@@ -12,8 +12,7 @@ batches, and over draws on one batch.
 """
 
 import argparse
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.gradients import gradient, square_of_mean, variance
 from benchmarks.plans import BACKWARD, PLANS, options_of
 from benchmarks.timing import write_results
 from benchmarks.training_step import BATCH, Case
 from examples import data
-
-Batch = tuple[Tensor, Tensor]
 
 
 def _fp8(*gradients: str) -> list[dict[str, Any]]:
@@ -51,23 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Case(given.model).model()
     _train(model, batches, given.steps)
     exact = torch.compile(model)
-    gradients = [_gradient(model, exact, batches.next()) for _ in range(given.batches)]
-    mean = torch.stack(gradients).mean(0)
-    variance = _variance(gradients)
-    # Of the mean of all batches, 1 / batches of the variance is left.
-    square = float(mean.square().sum()) - variance / len(gradients)
+    gradients = [gradient(model, exact, batches.next()) for _ in range(given.batches)]
+    truth, square = variance(gradients), square_of_mean(gradients)
     batch = batches.next()
-    g = _gradient(model, exact, batch)
+    g = gradient(model, exact, batch)
     record: dict[str, Any] = {}
     for name in given.plans:
         torch._dynamo.reset()
         options = options_of(Case(given.model), {**PLANS, **EMULATED}[name])
         planned = torch.compile(model, backend="approx", options=options)
-        draws = [_gradient(model, planned, batch) for _ in range(given.draws)]
-        noise = _variance(draws)
+        draws = [gradient(model, planned, batch) for _ in range(given.draws)]
+        noise = variance(draws)
         offset = float((torch.stack(draws).mean(0) - g).square().sum()) - noise / len(draws)
-        record[name] = {"tau": noise / variance, "bias": offset / square}
-    ratio = variance / square
+        record[name] = {"tau": noise / truth, "bias": offset / square}
+    ratio = truth / square
     Console().print(_table(given, record, ratio))
     settings = {name: getattr(given, name) for name in ("model", "steps", "batches", "draws")}
     written = write_results(given.output, {**settings, "noise_ratio": ratio, "plans": record})
@@ -82,27 +77,6 @@ def _train(model: nn.Module, batches: data.Batches, steps: int) -> None:
         images, labels = batches.next()
         F.cross_entropy(compiled(images), labels).backward()
         optimizer.step()
-
-
-def _gradient(model: nn.Module, compiled: Any, batch: Batch) -> Tensor:
-    """Return the gradient of all parameters, flat, in float64."""
-    model.zero_grad()
-    images, labels = batch
-    F.cross_entropy(compiled(images), labels).backward()
-    return torch.cat(list(_flat(model)))
-
-
-def _flat(model: nn.Module) -> Iterator[Tensor]:
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        yield parameter.grad.flatten().double()
-
-
-def _variance(values: list[Tensor]) -> float:
-    """Return E|v - E v|^2, without bias."""
-    mean = torch.stack(values).mean(0)
-    squares = [float((value - mean).square().sum()) for value in values]
-    return statistics.mean(squares) * len(values) / (len(values) - 1)
 
 
 def _table(given: argparse.Namespace, record: dict[str, Any], ratio: float) -> Table:

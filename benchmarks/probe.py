@@ -11,16 +11,16 @@ correction that one probe of the plan measured on other batches; and as that pro
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.gradients import gradient, square_of_mean, variance
 from benchmarks.laboratory import Laboratory, Specs
 from benchmarks.timing import write_results
 from benchmarks.training_step import BATCH, Case
@@ -65,14 +65,8 @@ class Run:
         torch._dynamo.reset()
         self.compiled = torch.compile(self.model, backend=self.laboratory)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.backward(self.batches.next())
+        self.gradient(self.batches.next())
         self.sketch: Sketch | None = None
-
-    def backward(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Leave the gradient of a batch in the parameters."""
-        self.model.zero_grad()
-        images, labels = batch
-        F.cross_entropy(self.compiled(images), labels).backward()
 
     def train(self, steps: int) -> None:
         """Take exact steps, with a sketch of the last ones."""
@@ -82,17 +76,16 @@ class Run:
             if left == WINDOW + 1:
                 self.sketch = Sketch(parameters)
                 self.sketch.open(parameters)
-            self.backward(self.batches.next())
+            self.gradient(self.batches.next())
             self.optimizer.step()
             if self.sketch is not None:
                 self.sketch.fold()
         assert self.sketch is not None
         self.sketch.close()
 
-    def gradients(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def gradient(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the gradient of a batch, of all parameters, flat, in float64."""
-        self.backward(batch)
-        return torch.cat(list(_flat(self.model)))
+        return gradient(self.model, self.compiled, batch)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,8 +111,8 @@ def measure(run: Run) -> dict[str, Any]:
     """Return everything about one moment; the weights stay as they are."""
     given, laboratory = run.given, run.laboratory
     laboratory.running = EXACT
-    gradients = [run.gradients(run.batches.next()) for _ in range(given.fresh)]
-    truth = _variance(gradients)
+    gradients = [run.gradient(run.batches.next()) for _ in range(given.fresh)]
+    truth = variance(gradients)
     plans = {name: laboratory.numbers(PLANS[name], run.case.layers()[1:]) for name in given.plans}
     local = _local(run, frozenset[int]().union(*plans.values()))
     rows = {}
@@ -135,7 +128,7 @@ def measure(run: Run) -> dict[str, Any]:
         "variance": truth,
         "sketched_variance": estimate,
         "part_of_products": of_matrices / estimate,
-        "square": float(torch.stack(gradients).mean(0).square().sum()) - truth / len(gradients),
+        "square": square_of_mean(gradients),
         "sketched_square": sum(square - half for half, square in values),
         "plans": rows,
     }
@@ -148,7 +141,7 @@ def _local(run: Run, candidates: Active) -> NoiseTable:
     run.laboratory.running = probe
     readings = []
     for _ in range(run.given.probes):
-        run.backward(run.batches.next())
+        run.gradient(run.batches.next())
         readings.append(run.laboratory.reading())
     values = values_of(run.sketch.result().tolist())
     compared = dict(zip(run.sketch.positions, values, strict=True))
@@ -156,7 +149,7 @@ def _local(run: Run, candidates: Active) -> NoiseTable:
     return table_of({probe: readings}, compared, 0.0, names, NoiseTable())[0]
 
 
-def _compare(run: Run, numbers: Active, local: NoiseTable, variance: float) -> dict[str, float]:
+def _compare(run: Run, numbers: Active, local: NoiseTable, truth: float) -> dict[str, float]:
     """Return the tau of a plan: measured, and as predicted in several ways."""
     names = run.laboratory.names()
     keys = [names.candidates[number] for number in numbers]
@@ -164,37 +157,24 @@ def _compare(run: Run, numbers: Active, local: NoiseTable, variance: float) -> d
     run.laboratory.running = probe
     readings = []
     for _ in range(run.given.probes):
-        run.backward(run.batches.next())
+        run.gradient(run.batches.next())
         readings.append(run.laboratory.reading())
     corrected, probed = table_of({probe: readings}, None, 0.0, names, local)
     errors = []
     for _ in range(run.given.batches):
         batch = run.batches.next()
         run.laboratory.running = EXACT
-        exact = run.gradients(batch)
+        exact = run.gradient(batch)
         run.laboratory.running = numbers
         for _ in range(run.given.draws):
-            errors.append(float((run.gradients(batch) - exact).square().sum()))
+            errors.append(float((run.gradient(batch) - exact).square().sum()))
     return {
-        "measured": statistics.mean(errors) / variance,
+        "measured": statistics.mean(errors) / truth,
         "law": Propagation(local, names.reach).plan(keys).tau,
         "corrected_law": Propagation(corrected, names.reach).plan(keys).tau,
         "probe": probed,
         "correction": corrected.correction,
     }
-
-
-def _flat(model: nn.Module) -> Iterator[Tensor]:
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        yield parameter.grad.flatten().double()
-
-
-def _variance(values: list[Tensor]) -> float:
-    """Return E|v - E v|^2, without bias."""
-    mean = torch.stack(values).mean(0)
-    squares = [float((value - mean).square().sum()) for value in values]
-    return statistics.mean(squares) * len(values) / (len(values) - 1)
 
 
 def _table(moment: int, found: dict[str, Any]) -> Table:

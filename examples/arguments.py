@@ -17,7 +17,8 @@ from graphpass.errors import ConfigError
 from graphpass.options import PRODUCTS
 
 _APPROX_ONLY = (
-    "method", "methods_json", "recipe", "schedule", "budget", "gradients", "max_bias", "report"
+    "method", "methods_json", "recipe", "schedule", "budget", "gradients", "max_bias", "report",
+    "strict",
 )  # fmt: skip
 # What says which products are approximated, and how.
 _CHOICES = ("method", "methods_json", "recipe")
@@ -73,6 +74,7 @@ def settings(arguments: Namespace) -> Settings:
         dtype=arguments.dtype,
         channels_last=arguments.channels_last,
         max_steps=arguments.max_steps,
+        device=arguments.device,
     )
 
 
@@ -98,6 +100,8 @@ def approx_options(arguments: Namespace, model: nn.Module, total_steps: int) -> 
         options["gradients"] = arguments.gradients
     if arguments.max_bias is not None:
         options["max_bias"] = arguments.max_bias
+    if arguments.strict:
+        options["strict"] = True
     return options
 
 
@@ -140,6 +144,7 @@ def _add_training(parser: ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="bf16: autocast")
     group.add_argument("--channels-last", action="store_true", help="memory format of the images")
+    group.add_argument("--device", default=default.device, help="cpu, cuda, cuda:0, ...")
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute on")
     group.add_argument(
         "--max-steps",
@@ -173,6 +178,11 @@ def _add_approximation(parser: ArgumentParser) -> None:
         help="what the planner may approximate (weight input)",
     )
     group.add_argument("--max-bias", type=float, metavar="B", help="squared bias that it may add")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="end where graphpass fails, instead of going on exactly",
+    )
     group.add_argument("--report", action="store_true", help="print what was approximated, and why")
     group.add_argument(
         "--compare",

@@ -64,6 +64,15 @@ class ImageData:
     pad: int
     flip: bool
 
+    def to(self, device: str) -> "ImageData":
+        """Return the data set with all its tensors on a device."""
+        splits = [
+            Split(split.images.to(device), split.labels.to(device))
+            for split in (self.train, self.test)
+        ]
+        mean, std = self.mean.to(device), self.std.to(device)
+        return replace(self, train=splits[0], test=splits[1], mean=mean, std=std)
+
     def normalise(self, images: Tensor, channels_last: bool = False) -> Tensor:
         """Return `uint8 [B, C, H, W]` as floats, mean 0 and variance 1 over the training split."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -161,8 +170,9 @@ class Batches:
     """An endless, reproducible stream of augmented training batches.
 
     Every epoch is a new shuffle; images that do not fill a last batch are dropped, so that every
-    batch has one shape and the step is compiled once. All draws come from one generator of its own:
-    the stream depends on the seed alone and can be resumed exactly from `state_dict()`.
+    batch has one shape and the step is compiled once. All draws come from one generator of its
+    own, the processor's wherever the images are: the stream depends on the seed alone and can be
+    resumed exactly from `state_dict()`.
     """
 
     def __init__(
@@ -198,7 +208,10 @@ class Batches:
             self._position = 0
             self._order = torch.randperm(len(self._data.train), generator=self._generator)
         start = self._position * self._batch_size
-        chosen = self._order[start : start + self._batch_size]
+        # Nothing waits for a GPU: it is a visible part of a small step, and more where processes
+        # share one.
+        device = self._data.train.images.device
+        chosen = self._order[start : start + self._batch_size].to(device, non_blocking=True)
         self._position += 1
         images = self._augment(self._data.train.images[chosen])
         return self._data.normalise(images, self._channels_last), self._data.train.labels[chosen]
@@ -223,11 +236,15 @@ class Batches:
         pad = self._data.pad
         if not pad and not self._data.flip:
             return images
-        offsets = torch.randint(2 * pad + 1, (2, batch, 1), generator=self._generator)
-        rows = offsets[0] + torch.arange(height)  # [B, H]
-        columns = torch.arange(width).expand(batch, width)
+        # Drawn on the processor; whole tensors are worked on where the images are.
+        drawn = torch.randint(2 * pad + 1, (2, batch, 1), generator=self._generator)
+        device = images.device
+        offsets = drawn.to(device, non_blocking=True)
+        rows = offsets[0] + torch.arange(height, device=device)  # [B, H]
+        columns = torch.arange(width, device=device).expand(batch, width)
         if self._data.flip:
             mirrored = torch.rand(batch, 1, generator=self._generator) < 0.5
+            mirrored = mirrored.to(device, non_blocking=True)
             columns = torch.where(mirrored, width - 1 - columns, columns)
         columns = columns + offsets[1]  # [B, W]
         # One gather crops and mirrors at once: positions in the padded image, row after row.

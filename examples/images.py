@@ -25,12 +25,13 @@ def tasks(images: ImageData, model: str) -> Callable[[Settings], Task]:
         network = models.build(model, in_channels=channels, image_size=size)
         if settings.channels_last:
             convert_conv2d_weight_memory_format(network, torch.channels_last)
+        here = images.to(settings.device)
         return Task(
             name=f"{model} on {len(images.train)} images of {images.name}",
-            model=network,
-            batches=Batches(images, settings.batch_size, settings.seed, settings.channels_last),
+            model=network.to(settings.device),
+            batches=Batches(here, settings.batch_size, settings.seed, settings.channels_last),
             loss=cross_entropy,
-            score=lambda module: accuracy_percent(module, images, settings.channels_last),
+            score=lambda module: accuracy_percent(module, here, settings.channels_last),
             score_name="test_accuracy_percent",
         )
 
@@ -45,7 +46,7 @@ def cross_entropy(forward: Forward, batch: Batch) -> Tensor:
 
 def accuracy_percent(model: nn.Module, images: ImageData, channels_last: bool) -> float:
     """Return how many of a hundred test images `model` classifies correctly."""
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=images.test.labels.device)
     for batch, labels in evaluation_batches(images, channels_last=channels_last):
-        correct += int((model(batch).argmax(dim=1) == labels).sum())
-    return 100 * correct / len(images.test)
+        correct += (model(batch).argmax(dim=1) == labels).sum()
+    return 100 * int(correct) / len(images.test)

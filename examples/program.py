@@ -7,7 +7,7 @@ An example supplies `prepare(given)`: it reads the data and returns a function t
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,20 +43,26 @@ def run(given: Namespace, prepare: Callable[[Namespace], FreshTask]) -> dict[str
     # What an earlier call in this process compiled counts towards Dynamo's limit of recompilations.
     torch.compiler.reset()
     earlier_reports = len(graphpass.reports())
+
+    def content(outcome: Mapping[str, Any]) -> dict[str, Any]:
+        reports = [json.loads(report.to_json()) for report in graphpass.reports()[earlier_reports:]]
+        made = {
+            "arguments": arguments.as_json(given),
+            "environment": results.environment(),
+            **outcome,
+            "reports": reports,
+        }
+        if given.json is not None:
+            checkpoint.write_json(given.json, made)
+        return made
+
     with arguments.threads(given.threads):
-        train = _train_in_turns if given.compare else _train
-        outcome = train(given, settings, prepare(given), console)
-        environment = results.environment()
-    reports = [json.loads(report.to_json()) for report in graphpass.reports()[earlier_reports:]]
-    content = {
-        "arguments": arguments.as_json(given),
-        "environment": environment,
-        **outcome,
-        "reports": reports,
-    }
-    if given.json is not None:
-        checkpoint.write_json(given.json, content)
-    return content
+        if given.compare:
+            return content(_train_in_turns(given, settings, prepare(given), console))
+        # Of a run that does not come to its end, the file holds the epochs that it has.
+        trainer = _trainer(given, settings, prepare(given))
+        _train(given, trainer, console, lambda: content({"runs": [trainer.summary()]}))
+        return content({"runs": [trainer.summary()]})
 
 
 def exit_code(main: Callable[[], object]) -> int:
@@ -77,9 +83,8 @@ def exit_code(main: Callable[[], object]) -> int:
 
 
 def _train(
-    given: Namespace, settings: Settings, fresh_task: FreshTask, console: Console
-) -> dict[str, Any]:
-    trainer = _trainer(given, settings, fresh_task)
+    given: Namespace, trainer: Trainer, console: Console, after_epoch: Callable[[], object]
+) -> None:
     if given.resume is not None:
         resume(trainer, given.resume)
     earlier_reports = len(graphpass.reports())
@@ -88,8 +93,7 @@ def _train(
         if given.report:
             _print_reports(console, earlier_reports)
 
-    fit(trainer, console, given.checkpoint, after_first_step)
-    return {"runs": [trainer.summary()]}
+    fit(trainer, console, given.checkpoint, after_first_step, after_epoch)
 
 
 def _train_in_turns(

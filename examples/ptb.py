@@ -65,12 +65,14 @@ def prepare(given: Namespace) -> Callable[[Settings], Task]:
     corpus = text_data.ptb(given.data)
 
     def fresh_task(settings: Settings) -> Task:
+        train, test = (text.to(settings.device) for text in (corpus.train, corpus.test))
+        model = LstmLanguageModel(len(corpus.words), settings.batch_size, given.units)
         return Task(
             name=f"lstm of {given.units} units on {len(corpus.train)} words of {corpus.name}",
-            model=LstmLanguageModel(len(corpus.words), settings.batch_size, given.units),
-            batches=text_data.Segments(corpus.train, settings.batch_size, LENGTH),
+            model=model.to(settings.device),
+            batches=text_data.Segments(train, settings.batch_size, LENGTH),
             loss=summed_cross_entropy,
-            score=lambda model: perplexity(model, corpus.test, settings.batch_size),
+            score=lambda model: perplexity(model, test, settings.batch_size),
             score_name="test_perplexity",
             max_gradient_norm=MAX_GRADIENT_NORM,
         )

@@ -94,6 +94,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        # Only of a process that has used it: asking would take memory there.
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

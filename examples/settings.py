@@ -64,6 +64,7 @@ class Settings:
         dtype: "bf16" runs the forward pass under autocast.
         channels_last: Memory format of model and images.
         max_steps: Stop after so many steps of the run, whose schedule stays; None for its end.
+        device: Where model and data are, such as "cpu" or "cuda"; batches are drawn alike on all.
     """
 
     epochs: int = 10
@@ -77,6 +78,7 @@ class Settings:
     dtype: str = "fp32"
     channels_last: bool = False
     max_steps: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -96,6 +98,7 @@ class Settings:
             raise ConfigError(f"lr is {self.lr}: give a positive number")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed is {self.seed}: give a number from 0 to {2**31 - 1}")
+        _check_device(self.device)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer, its learning rate not yet scaled by `lr_factor`."""
@@ -115,8 +118,22 @@ class Settings:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model is called."""
         if self.dtype == "bf16":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
+            return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no device {name!r}: legal are cpu, cuda, cuda:0, ..."
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"cannot train on {name!r}: legal are cpu, cuda, cuda:0, ...")
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise ConfigError(f"there is no device {name!r}: torch sees {there} GPUs on this machine")
 
 
 def _check_name(what: str, given: str, legal: Iterable[str]) -> None:

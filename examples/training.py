@@ -17,13 +17,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import graphpass
 from examples import checkpoint, results
 from examples.settings import Settings
+from graphpass.backend import approx
 from graphpass.errors import ConfigError
+from graphpass.sparse import leaves_weights_out
+
+# How far the host may be ahead of a GPU.
+_STEPS_AHEAD = 32
 
 Batch = tuple[Tensor, Tensor]
 Forward = Callable[[Tensor], Tensor]
@@ -71,11 +76,7 @@ class Trainer:
     """One training run: the compiled step, and all the state that a checkpoint holds."""
 
     def __init__(self, task: Task, settings: Settings) -> None:
-        """Start at step 0; nothing is compiled before the first step.
-
-        Raises:
-            ConfigError: If the backend is not installed.
-        """
+        """Start at step 0; nothing is compiled before the first step."""
         self.task = task
         self.settings = settings
         self.compiled = _compile(task.model, settings)
@@ -87,7 +88,8 @@ class Trainer:
         # The steps of this process; a resumed run has made others before.
         self.times: list[results.StepTime] = []
         self._highest_lr = self.optimizer.param_groups[0]["lr"]
-        self._epoch_loss = torch.zeros((), dtype=torch.float64)
+        self._device = torch.device(settings.device)
+        self._epoch_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._epoch_first = 0
         self._epoch_earlier_s = 0.0
 
@@ -122,6 +124,10 @@ class Trainer:
         self.optimizer.step()
         self._epoch_loss += loss.detach()
         self.step += 1
+        if self._on_gpu and (self.step % _STEPS_AHEAD == 0 or self.between_epochs or self.done):
+            # So that seconds add up to those of the work, not of handing it over. To wait in every
+            # step would be a visible part of small ones, most of all where processes share a GPU.
+            torch.cuda.synchronize(self._device)
         # Variants of a schedule may be compiled when they are first needed, not on the first step.
         compiled = not self.times or _compilations() != compilations
         self.times.append(results.StepTime(time.perf_counter() - start, compiled))
@@ -164,6 +170,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "batches": self.task.batches.state_dict(),
             "rng": torch.get_rng_state(),
+            "gpu_rng": torch.cuda.get_rng_state(self._device) if self._on_gpu else None,
             "session": None if session is None else session.state_dict(),
             "history": [asdict(record) for record in self.history],
             "epoch_loss": self._epoch_loss.item(),
@@ -196,13 +203,21 @@ class Trainer:
         if session is not None and state["session"] is not None:
             session.load_state_dict(state["session"])
         torch.set_rng_state(state["rng"])
+        if self._on_gpu and state["gpu_rng"] is not None:
+            torch.cuda.set_rng_state(state["gpu_rng"], self._device)
 
     def _score(self) -> float:
         self.task.model.eval()
-        with torch.no_grad(), self.settings.autocast():
+        with torch.no_grad(), self.settings.autocast(), self._trained_weights():
             score = self.task.score(self.task.model)
         self.task.model.train()
         return score
+
+    def _trained_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the model has the weights that training computes with."""
+        if self.settings.backend == "approx" and leaves_weights_out(self.compiled):
+            return graphpass.sparse_weights(self.compiled)
+        return contextlib.nullcontext()
 
     def _epoch_s(self) -> float:
         here_s = results.without_compilation(self.times)[self._epoch_first :]
@@ -211,6 +226,10 @@ class Trainer:
     def _identity(self) -> dict[str, str | int]:
         batch_size, optimizer = self.settings.batch_size, self.settings.optimizer
         return {"task": self.task.name, "batch size": batch_size, "optimizer": optimizer}
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
 
     def _session(self) -> Any:
         if self.settings.backend != "approx":
@@ -223,6 +242,7 @@ def fit(
     console: Console,
     save_to: Path | None = None,
     after_first_step: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[], object] = lambda: None,
 ) -> None:
     """Train to the last step; save a checkpoint after every epoch and at the end.
 
@@ -242,6 +262,7 @@ def fit(
                 checkpoint.save(save_to, trainer.state_dict())
             if trainer.done or trainer.between_epochs:
                 console.print(str(trainer.end_epoch()), highlight=False)
+                after_epoch()
             if save_to is not None and trainer.between_epochs:
                 checkpoint.save(save_to, trainer.state_dict())
 
@@ -264,13 +285,11 @@ def resume(trainer: Trainer, path: Path) -> None:
 def _compile(model: nn.Module, settings: Settings) -> nn.Module:
     if settings.backend == "eager":
         return model
-    options = dict(settings.options) if settings.backend == "approx" else None
-    try:
-        compiled = torch.compile(model, backend=settings.backend, options=options)
-    except InvalidBackend as error:
-        raise ConfigError(
-            f"there is no backend {settings.backend!r}: install this project (`pip install -e .`)"
-        ) from error
+    if settings.backend == "inductor":
+        compiled = torch.compile(model, backend="inductor")
+    else:
+        # By its name, "approx", once the project is installed; like this in a mere clone as well.
+        compiled = torch.compile(model, backend=approx, options=dict(settings.options))
     # A module like the one it wraps; torch declares a callable.
     return cast(nn.Module, compiled)
 

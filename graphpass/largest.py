@@ -103,8 +103,9 @@ class Choice:
             density = self._state.before["density"]
             kept = (density * size).ceil().clamp(1, size).to(torch.int64)
         else:
-            kept = torch.full((), kept_of(size, self._params), dtype=torch.int64)
-            kept = kept.to(value.device)
+            # A number where the state is: a copy from the host would be waited for.
+            refreshed = self._state.before["refreshed"]
+            kept = torch.full_like(refreshed, kept_of(size, self._params))
         old = self._state.before[name]
         found = torch.ops.approx.kept_threshold(value, stride, kept, old, self._due)
         self._written[name] = found

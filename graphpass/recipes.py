@@ -111,8 +111,9 @@ RECIPES = MappingProxyType(
                     _products(
                         "swat", "forward", "input", "weight",
                         sparsity="$sparsity", structure=structure, refresh="$refresh",
+                        threshold_from="$threshold_from",
                     ),
-                    {"sparsity": sparsity, "refresh": 1},
+                    {"sparsity": sparsity, "refresh": 1, "threshold_from": 65536},
                     distribution=distribution,
                 )
                 for name, where, structure, sparsity, distribution in (
@@ -128,9 +129,10 @@ RECIPES = MappingProxyType(
                 _products(
                     "swat", "forward", "input", "weight",
                     sparsity="$sparsity", distribution="momentum", refresh="$refresh",
+                    threshold_from="$threshold_from",
                 ),
                 # An epoch of CIFAR-10 at batch 128.
-                {"sparsity": 0.9, "refresh": 390},
+                {"sparsity": 0.9, "refresh": 390, "threshold_from": 65536},
             ),
             Recipe(
                 "int8",

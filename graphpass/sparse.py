@@ -12,10 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from graphpass.errors import ConfigError
+from graphpass.keeping import Kept
 from graphpass.products import Replacement
 from graphpass.session import Session, session
 from graphpass.site import Gradient
 from graphpass.state import State, with_state
+
+
+def leaves_weights_out(compiled_model: nn.Module) -> bool:
+    """Return whether a forward product of the model uses some of its weights only.
+
+    Args:
+        compiled_model: as for `sparse_weights`.
+
+    Raises:
+        ConfigError: if it is no module.
+    """
+    return bool(_sparse_products(session(compiled_model)))
 
 
 @contextmanager
@@ -62,11 +75,8 @@ def _sparse(compiled_model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     now = session(compiled_model)
     model = _uncompiled(compiled_model)
     found = [
-        _masked(model, now, replacement, kept)
-        for part in now.parts
-        for replacement in part.planned
-        if replacement.method.weights is not None and replacement.site.gradient is Gradient.FORWARD
-        for kept in (part.of_site(replacement),)
+        _masked(model, now, replacement, part.of_site(replacement))
+        for part, replacement in _sparse_products(now)
     ]
     if not found:
         raise ConfigError(
@@ -74,6 +84,16 @@ def _sparse(compiled_model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
             "method that does, such as options=graphpass.recipe('swat-u')"
         )
     return found
+
+
+def _sparse_products(now: Session) -> list[tuple[Kept, Replacement]]:
+    """Return the forward products that leave weights out, with what is kept for them."""
+    return [
+        (part, replacement)
+        for part in now.parts
+        for replacement in part.planned
+        if replacement.method.weights is not None and replacement.site.gradient is Gradient.FORWARD
+    ]
 
 
 def _masked(

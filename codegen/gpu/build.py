@@ -6,6 +6,7 @@ finds it in its own cache on disk. The file is named after the primitive and a h
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,12 @@ from codegen.gpu.source import Program
 
 @cache
 def toolchain() -> str | None:
-    """Return why this machine has no Triton; None if it has."""
+    """Return why no Triton of ours runs here; None if it does.
+
+    `GRAPHPASS_TRITON=0` leaves it out: a short training is over before it is compiled.
+    """
+    if os.environ.get("GRAPHPASS_TRITON") == "0":
+        return "GRAPHPASS_TRITON is 0"
     try:
         import triton  # noqa: F401
     except ImportError as error:
