@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the module named first with the arguments that follow."""
     program, *arguments = sys.argv[1:] if argv is None else argv
     run = importlib.import_module(program).main
-    if not torch.cuda.is_available():
-        context = nullcontext()
-    else:
-        major, minor = torch.cuda.get_device_capability()
-        context = Warmer(10 * major + minor, WORKERS)
-    with context:
+    with _warmer() if torch.cuda.is_available() else nullcontext():
         run(arguments)
+
+
+def _warmer() -> Warmer:
+    major, minor = torch.cuda.get_device_capability()
+    return Warmer(10 * major + minor, WORKERS)
 
 
 if __name__ == "__main__":

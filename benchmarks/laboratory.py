@@ -40,6 +40,7 @@ class Laboratory:
         self.analysis = Analysis(())
         self.variants: Variants
         self.parameters: dict[int, Tensor] = {}
+        self._device = torch.device("cpu")
         self._page: Tensor | None = None
         self.calls = 0
         self._names: dict[int, str] = {}
@@ -58,9 +59,16 @@ class Laboratory:
         self.variants.subject = Subject(weights, positions)
         self.parameters = {position: inputs[position] for position in positions}
         self._names = parameter_names(owner.the_model(), inputs, positions)
-        device = inputs[first].device
+        self._device = inputs[first].device
         return Dispatcher(
-            self.variants, self._choose, lambda: None, lambda *_: None, device, 99, False, True
+            self.variants,
+            self._choose,
+            lambda: None,
+            lambda *_: None,
+            self._device,
+            99,
+            False,
+            True,
         )
 
     def numbers(self, specs: Specs, paths: Sequence[str]) -> Active:
@@ -99,5 +107,5 @@ class Laboratory:
         self.calls += 1
         self._page = None
         if isinstance(self.running, Probe):
-            self._page = notes.fresh(self.variants.sheet(self.running).size, torch.device("cpu"))
+            self._page = notes.fresh(self.variants.sheet(self.running).size, self._device)
         return Choice(self.running, self.calls, self._page)

@@ -47,25 +47,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _trainings(given: argparse.Namespace, plans: dict[str, Any]) -> Iterator[Training]:
     """Yield what is trained, seed by seed; the code of every kind is compiled once."""
     for number, seed in enumerate(given.seeds):
-        common = (
+        common = [
             "--data", str(given.data), "--device", given.device, "--model", MODEL,
             "--channels-last", "--seed", str(seed),
-        )  # fmt: skip
+        ]  # fmt: skip
         if given.limit_train is not None:
-            common += ("--limit-train", str(given.limit_train))
-        whole, exact = ("--epochs", str(given.epochs)), ("--backend", "inductor")
+            common += ["--limit-train", str(given.limit_train)]
+        whole, exact = ["--epochs", str(given.epochs)], ["--backend", "inductor"]
         if number == 0:
             measured = (*common, *whole, *exact, "--plans", RESULTS)
             yield Training(MOMENTS, measured, MOMENTS, "benchmarks.noise_moments")
         for name, plan in plans.items():
-            program, arguments = "examples.cifar10", (*common, *whole, "--strict", "--methods-json")
-            arguments += (json.dumps(plan["methods"]),)
+            planned = ["--strict", "--methods-json", json.dumps(plan["methods"])]
+            program, arguments = "examples.cifar10", (*common, *whole, *planned)
             if number == 0:
                 # The first of a kind compiles what the others find in the caches.
                 program, arguments = "benchmarks.gpu_warmed", (program, *arguments)
             yield Training(f"{name}/{seed}", arguments, name, program)
         for epochs in sorted({given.epochs, *given.short}, reverse=True):
-            length = ("--epochs", str(epochs))
+            length = ["--epochs", str(epochs)]
             yield Training(f"{EXACT}, {epochs} epochs/{seed}", (*common, *length, *exact), EXACT)
 
 

@@ -1,6 +1,7 @@
 """What probes and the sketch of gradients say, against the noise itself, during a training run.
 
-    python -m benchmarks.probe --data DIR
+    python -m benchmarks.probe --data DIR --aten
+    python -m benchmarks.probe --data DIR --aten --device cuda --groups 6
 
 At some moments of an exact run the weights are held. The noise V of the batch is measured from 64
 fresh batches, and estimated as in training, from consecutive steps before the moment. The noise
@@ -10,8 +11,10 @@ correction that one probe of the plan measured on other batches; and as that pro
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import trainings
 from benchmarks.gradients import gradient, square_of_mean, variance
 from benchmarks.laboratory import Laboratory, Specs
 from benchmarks.timing import write_results
 from benchmarks.training_step import BATCH, Case
-from examples import data
+from benchmarks.trainings import Training
+from examples import checkpoint, data
+from examples.results import environment
 from graphpass.measuring import table_of
 from graphpass.noise import NoiseTable
 from graphpass.propagation import Propagation
@@ -32,6 +38,7 @@ from graphpass.sheet import Probe
 from graphpass.sketch import Sketch, values_of
 from graphpass.variants import EXACT, Active
 
+_SETTINGS = ("model", "fresh", "batches", "draws", "probes")
 # Pairs of consecutive steps, as in training.
 WINDOW = 32
 BOTH, WEIGHT = ("weight", "input"), ("weight",)
@@ -45,10 +52,16 @@ PLANS: dict[str, Specs] = {
     "int8": _plan("int8", BOTH),
     "pixels, 1/4": _plan("pixels", WEIGHT, keep=0.25),
     "pixels, 1/10": _plan("pixels", WEIGHT, keep=0.1),
+    "pixels_int8, 1/4": _plan("pixels_int8", WEIGHT, keep=0.25),
+    "pixels_int8, 1/10": _plan("pixels_int8", WEIGHT, keep=0.1),
     "phase, 2x2": _plan("phase", WEIGHT, down=2, across=2),
     "phase, 2x1": _plan("phase", WEIGHT, down=2, across=1),
     "prune, p=0.9": _plan("prune", BOTH, p=0.9),
     "prune, p=0.99": _plan("prune", BOTH, p=0.99),
+    "crs, 1/2": _plan("crs", WEIGHT, keep=0.5),
+    "crs, 1/4": _plan("crs", WEIGHT, keep=0.25),
+    "fp8, e4m3": _plan("fp8", BOTH, emulate=True),
+    "fp8, e5m2": _plan("fp8", BOTH, emulate=True, grad="e5m2"),
 }
 
 
@@ -59,8 +72,9 @@ class Run:
         """Build the model and compile its exact step."""
         self.given = given
         self.case = Case(given.model)
-        self.model: nn.Module = self.case.model()
-        self.batches = data.Batches(data.load(given.data), BATCH, seed=0, channels_last=True)
+        self.model: nn.Module = self.case.model().to(given.device)
+        images = data.load(given.data).to(given.device)
+        self.batches = data.Batches(images, BATCH, seed=0, channels_last=True)
         self.laboratory = Laboratory()
         torch._dynamo.reset()
         self.compiled = torch.compile(self.model, backend=self.laboratory)
@@ -91,6 +105,9 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, write the results."""
     given = _parse(argv)
+    if given.groups > 1:
+        side_by_side(given)
+        return
     torch.set_num_threads(given.threads)
     # What is looked at are numbers: calling ATen for every operation compiles ten times as fast.
     torch._inductor.config.fallback_by_default = given.aten
@@ -99,12 +116,55 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.train(moment - before)
         before = moment
         record[moment] = measure(run)
-        Console().print(_table(moment, record[moment]))
-        settings = {
-            name: getattr(given, name) for name in ("model", "fresh", "batches", "draws", "probes")
-        }
         # After every moment: what follows may take long.
-        write_results(given.output, {**settings, "window": WINDOW, "moments": record})
+        _write(given, record)
+
+
+def side_by_side(given: argparse.Namespace) -> None:
+    """Measure groups of plans, each in a process with a training of its own."""
+    todo, ends = [], [len(given.plans) * i // given.groups for i in range(given.groups + 1)]
+    for start, end in pairwise(ends):
+        plans = given.plans[start:end]
+        arguments = [f"--{name}={getattr(given, name)}" for name in (*_SETTINGS, "device")]
+        arguments += ["--plans", *plans, "--moments", *map(str, given.moments)]
+        arguments += ["--data", str(given.data)] if given.data else []
+        arguments += ["--aten"] if given.aten else []
+        todo.append(
+            Training(
+                ", ".join(plans), ("benchmarks.probe", *arguments), "", "benchmarks.gpu_warmed"
+            )
+        )
+    trainings.run(
+        todo,
+        {},
+        lambda runs: _write(given, _merged(runs)),
+        at_once=given.groups,
+        seconds=given.seconds,
+        threads=given.threads,
+    )
+
+
+def _merged(runs: trainings.Runs) -> dict[str, Any]:
+    """Return the moments of all groups as one: of the first what is not of plans."""
+    merged: dict[str, Any] = {}
+    for run in runs.values():
+        for moment, found in run.get("moments", {}).items():
+            whole = merged.setdefault(moment, {**found, "plans": {}})
+            whole["plans"] |= found["plans"]
+    return merged
+
+
+def _write(given: argparse.Namespace, moments: dict[Any, Any]) -> None:
+    """Print a table of each moment, write the results."""
+    settings = {name: getattr(given, name) for name in _SETTINGS}
+    record = {**settings, "window": WINDOW, "moments": moments}
+    if given.json is not None:
+        runs = [{"epochs": [], **record}]
+        checkpoint.write_json(given.json, {"environment": environment(), "runs": runs})
+        return
+    for moment, found in moments.items():
+        Console().print(_table(moment, found))
+    write_results(given.output, record)
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -113,7 +173,9 @@ def measure(run: Run) -> dict[str, Any]:
     laboratory.running = EXACT
     gradients = [run.gradient(run.batches.next()) for _ in range(given.fresh)]
     truth = variance(gradients)
-    plans = {name: laboratory.numbers(PLANS[name], run.case.layers()[1:]) for name in given.plans}
+    every = {name: laboratory.numbers(PLANS[name], run.case.layers()[1:]) for name in given.plans}
+    # A device may lack a method.
+    plans = {name: numbers for name, numbers in every.items() if numbers}
     local = _local(run, frozenset[int]().union(*plans.values()))
     rows = {}
     for name, numbers in plans.items():
@@ -177,7 +239,7 @@ def _compare(run: Run, numbers: Active, local: NoiseTable, truth: float) -> dict
     }
 
 
-def _table(moment: int, found: dict[str, Any]) -> Table:
+def _table(moment: int | str, found: dict[str, Any]) -> Table:
     estimate, truth = found["sketched_variance"], found["variance"]
     table = Table(
         title=f"after {moment} steps; V {estimate / truth:.2f} of that from fresh batches, "
@@ -200,9 +262,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help="that tau is measured on")
     parser.add_argument("--draws", type=int, default=4, help="of each batch")
     parser.add_argument("--probes", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--groups", type=int, default=1, help="of plans, a process each")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end what still runs then")
+    parser.add_argument("--json", type=Path, help="results of a process of several")
     parser.add_argument("--aten", action="store_true", help="compile no code but our kernels")
-    parser.add_argument("--output", default="probe", help="name of the results file")
+    parser.add_argument("--output", default="probe", help="name or path of the results, no suffix")
     return parser.parse_args(argv)
 
 
