@@ -48,6 +48,7 @@ class Task:
         arguments: of the interpreter.
         limit_s: when it is ended.
         patient: whether others come first on the processors.
+        environment: variables beside those of all.
         records: what it has printed.
         failed: how it ended, if not well.
     """
@@ -56,6 +57,7 @@ class Task:
     arguments: list[str]
     limit_s: float
     patient: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     failed: str = ""
 
@@ -115,7 +117,7 @@ class Run:
     def _start(self, task: Task) -> tuple[subprocess.Popen[bytes], Path, float]:
         folder = Path(tempfile.mkdtemp(prefix="graphpass-gpu-"))
         command = [*(("nice", "-n", "10") if task.patient else ()), sys.executable, *task.arguments]
-        environment = dict(os.environ)
+        environment = {**os.environ, **task.environment}
         if task.section == "trainings":
             # What they find fastest beside all others is not what is fastest.
             environment["GRAPHPASS_CACHE_DIR"] += "-trainings"
@@ -160,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", help="time these alone, as in resnet50/bf16")
     parser.add_argument(
         "--training", action="append", default=[],
-        help="arguments of the interpreter, as one text; may be given several times",
+        help="arguments of the interpreter as one text, behind NAME=VALUE of its environment; may "
+        "be given several times",
     )  # fmt: skip
     given = parser.parse_args(argv)
     _own_folders()
@@ -197,8 +200,7 @@ def _queues(run: Run, given: argparse.Namespace) -> list[tuple[int, list[Task]]]
         tasks = [_section(run, "correct", [name], 150, patient=True) for name in names]
         queues.append((max(1, cores // 2), tasks))
     if "trainings" in given.sections:
-        tasks = [Task("trainings", text.split(), run.left_s, patient=True) for text in
-                 given.training]  # fmt: skip
+        tasks = [_training(text, run.left_s) for text in given.training]
         queues.append((len(tasks), tasks))
     return queues
 
@@ -285,6 +287,13 @@ def _broken(run: Run, names: list[str]) -> list[str]:
     done = {(r["row"], r["method"]) for r in records if "exact_s" in r}
     begun = [(r["row"], r["method"], r["begun"]) for r in records if "method" in r and "begun" in r]
     return [label for row, name, label in begun if (row, name) not in done] if fatal else []
+
+
+def _training(text: str, limit_s: float) -> Task:
+    words = text.split()
+    first = next(number for number, word in enumerate(words) if word.startswith("-"))
+    environment = dict(word.split("=", 1) for word in words[:first])
+    return Task("trainings", words[first:], limit_s, True, environment)
 
 
 def _steps(run: Run, model: str, dtype: str) -> Task:

@@ -98,7 +98,7 @@ def measure(
             kind = "inductor, CUDA graphs" if graphs else "inductor"
             with alone():
                 steps = {setting: step, **({kind: base[kind]} if kind in base else {})}
-                turns, repeat = (5, 8) if device == "cuda" else (1, 1)
+                turns, repeat = (5, 5) if device == "cuda" else (1, 1)
                 seconds = gpu_timing.step_times(steps, device, turns, repeat)
                 if device == "cuda" and not graphs:
                     record["kernels"] = gpu_timing.kernels(step)
