@@ -108,5 +108,6 @@ register(
         noise=noise,
         kernels=("listed_wgrad", "sampled_channels"),
         fast_on_cpu=True,
+        fast_on_gpu=False,
     )
 )

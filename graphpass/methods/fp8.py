@@ -190,5 +190,6 @@ register(
         lower=lower,
         samples=samples,
         noise=noise,
+        fast_on_gpu=False,
     )
 )

@@ -179,5 +179,6 @@ register(
         noise=noise,
         prior=prior,
         fast_on_cpu=True,
+        fast_on_gpu=False,
     )
 )

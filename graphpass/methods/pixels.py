@@ -351,5 +351,6 @@ register(
         ladder=ladder,
         prior=prior,
         fast_on_cpu=True,
+        fast_on_gpu=False,
     )
 )

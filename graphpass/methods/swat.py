@@ -316,6 +316,7 @@ register(
             settle=exchange,
             weights=weights,
             fast_on_cpu=False,
+            fast_on_gpu=False,
         )
     )
 )

@@ -284,6 +284,7 @@ register(
             lower=lower,
             samples=samples,
             fast_on_cpu=True,
+            fast_on_gpu=False,
         )
     )
 )

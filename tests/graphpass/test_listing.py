@@ -47,6 +47,19 @@ def test_what_is_fast_was_measured() -> None:
             assert method.fast_on_cpu is (median(measured[name]) > 1), name
 
 
+def test_what_is_fast_on_a_gpu_was_measured() -> None:
+    """The same of an H200, in bfloat16, where nothing was."""
+    measured = defaultdict[str, list[float]](list)
+    for name in ("gpu_kernels", "gpu_layers"):
+        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for row in record["sections"]["layers"]:
+            if row.get("gradient") == "weight" and "times_faster" in row:
+                measured[row["method"]].append(row["times_faster"])
+    for name, method in methods().items():
+        fast = median(measured[name]) > 1 if name in measured else None
+        assert method.fast_on_gpu is fast, name
+
+
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["methods"]) == 0
     printed = capsys.readouterr().out
