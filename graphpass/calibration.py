@@ -5,14 +5,15 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from codegen.cache import cache_dir, write_atomically
-from cost_model import Cost, EfficiencyTable, Figure, Hardware, KernelCost
+from cost_model import DATASHEETS, Cost, EfficiencyTable, Figure, Hardware, KernelCost
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ _VERSION = 2
 CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The kind that bandwidth and the time of a call are taken from.
 _MOVING = "elementwise"
+# GPUs that are one processor, by their names in `DATASHEETS`.
+_HOPPER = ("H100", "H200")
 # A launch is no more than this share of what was measured: the rest is what the kernel does.
 _LARGEST_LAUNCH = 0.5
 
@@ -163,6 +166,19 @@ def hardware_of(found: Iterable[Measurement], machine: Machine) -> Hardware:
     )  # fmt: skip
 
 
+def of_gpu(bare: Hardware) -> Hardware:
+    """Return a GPU's record with the shares of its figures that kernels reach, where known.
+
+    They were measured on an H200 (`benchmarks/gpu_measurements.py`), and hold for an H100 as well,
+    which differs in nothing but its memory.
+    """
+    if bare.name not in _HOPPER:
+        return bare
+    text = files("graphpass").joinpath("h200.json").read_text(encoding="utf-8")
+    given = [Measurement(**entry) for entry in json.loads(text)["measurements"]]
+    return replace(bare, efficiencies=_tables(given, DATASHEETS["H200"]))
+
+
 def _tables(given: list[Measurement], bare: Hardware) -> dict[tuple[str, str], EfficiencyTable]:
     rows: dict[tuple[str, str], list[Measurement]] = {}
     for one in given:
@@ -176,7 +192,8 @@ def _tables(given: list[Measurement], bare: Hardware) -> dict[tuple[str, str], E
 
 
 def _efficiency(one: Measurement, bare: Hardware) -> float:
-    ideal = bare.ideal_s(KernelCost(one.kind, Cost(one.flops, one.moved_bytes, 0), one.dtype))
+    cost = Cost(one.flops, one.moved_bytes, 0)
+    ideal = bare.ideal_s(KernelCost(one.kind, cost, one.dtype, sizes=one.sizes))
     launch = min(bare.launch_s.value, _LARGEST_LAUNCH * one.seconds)
     return ideal / (one.seconds - launch)
 

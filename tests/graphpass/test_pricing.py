@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 import graphpass
 from codegen import int8
-from cost_model import DATASHEETS, KernelCost, counted_once
+from codegen.kernel import kernels
+from cost_model import DATASHEETS, Cost, KernelCost, counted_once
 from graphpass import (
     __main__,
     calibrate,
@@ -134,6 +136,37 @@ def test_float32_is_priced_as_a_gpu_multiplies_it(
     moved = 4 * (2 * 10**6 * CHANNELS + CHANNELS**2)
     expected = max(flops / rate, moved / prices.hardware.bandwidth_bytes_per_s.value)
     assert prices.exact(site).seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_hopper_is_priced_by_what_kernels_reached_there() -> None:
+    """Within 40 % of what most kernels took that were measured; by data sheets alone, of few."""
+    text = files("graphpass").joinpath("h200.json").read_text(encoding="utf-8")
+    found = [Measurement(**entry) for entry in json.loads(text)["measurements"]]
+    bare = DATASHEETS["H200"]
+    near = {False: 0, True: 0}
+    for one in found:
+        cost = Cost(one.flops, one.moved_bytes, 0)
+        kernel = KernelCost(one.kind, cost, one.dtype, sizes=one.sizes)
+        for known, hardware in ((False, bare), (True, calibration.of_gpu(bare))):
+            ratio = hardware.kernel_s(kernel) / one.seconds
+            near[known] += 1 / 1.4 < ratio < 1.4
+    assert near[True] > 0.9 * len(found) > 2 * near[False]
+    assert calibration.of_gpu(DATASHEETS["A100"]) is DATASHEETS["A100"]
+
+
+@pytest.mark.parametrize(("size", "waits"), [(8, True), (128, False)])
+def test_a_gpu_waits_for_the_host_in_steps_of_small_kernels(size: int, waits: bool) -> None:
+    """There, and only there, calls of our kernels are priced beside what they take."""
+    layers = [conv_layer(number, channels=256, size=size, batch=128) for number in (1, 2)]
+    analysis = replace(chain(layers), device="cuda")
+    prices, alone = (pricing.of(analysis, THREADS) for _ in range(2))
+    alone.__dict__["_waits"] = False
+    site, method = analysis.sites[1], get_method("int8")
+    ours = sum(kernel.kind in kernels() for kernel in method.cost(site, method.params()))
+    late = prices.approximate(site, method, method.params()).seconds
+    late -= alone.approximate(site, method, method.params()).seconds
+    assert late == pytest.approx(60e-6 * ours * waits) and ours > 0
+    assert prices.exact(site) == alone.exact(site)
 
 
 def _truncate(text: str) -> str:
