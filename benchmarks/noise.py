@@ -92,7 +92,7 @@ def _table(given: argparse.Namespace, record: dict[str, Any], ratio: float) -> T
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=__doc__)
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as published; digits without it")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as published")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=(*PLANS, *EMULATED))
     parser.add_argument("--steps", type=int, default=200, help="exact steps before")

@@ -127,7 +127,7 @@ def side_by_side(given: argparse.Namespace) -> None:
         plans = given.plans[start:end]
         arguments = [f"--{name}={getattr(given, name)}" for name in (*_SETTINGS, "device")]
         arguments += ["--plans", *plans, "--moments", *map(str, given.moments)]
-        arguments += ["--data", str(given.data)] if given.data else []
+        arguments += ["--data", str(given.data)]
         arguments += ["--aten"] if given.aten else []
         todo.append(
             Training(
@@ -254,7 +254,7 @@ def _table(moment: int | str, found: dict[str, Any]) -> Table:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__)
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as published; digits without it")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as published")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=tuple(PLANS))
     parser.add_argument("--moments", nargs="+", type=int, default=(100, 400, 1000))

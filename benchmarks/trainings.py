@@ -89,9 +89,10 @@ class Process:
         self._process.returncode = os.waitstatus_to_exitcode(status)
         path = self._files / "json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        printed = (self._files / "out").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (self._files / "out").read_text(encoding="utf-8", errors="replace")
+        printed = [line for line in text.splitlines() if line.strip()]
         self._folder.cleanup()
-        failed = "" if status == 0 or stopped else "\n".join(printed[-20:])
+        failed = "" if status == 0 or stopped else "\n".join(printed[-30:])
         return {
             "arguments": list(self.training.arguments),
             "finished": status == 0,
@@ -205,3 +206,5 @@ def _tell(name: str, result: Mapping[str, Any], until: float) -> None:
     left = until - time.monotonic()
     clock = f"[{left:5.0f} s left] " if math.isfinite(left) else ""
     print(f"{clock}{name}: {state} in {result['wall_s']:.0f} s: {result['last_line']}", flush=True)
+    if result["failed"]:
+        print(result["failed"], flush=True)
