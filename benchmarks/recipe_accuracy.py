@@ -102,7 +102,7 @@ _HALF_OF_DECODER = {
 STUDIES = {
     "resnet18": _cifar10(
         "resnet18",
-        5,
+        4,
         _exact("94.59")
         | _recipe("swat-u sparsity=0.9 threshold_from=16384")
         | _recipe("swat-channels sparsity=0.5", "49.8", "94.73")
@@ -110,7 +110,7 @@ STUDIES = {
     ),
     "vgg16": _cifar10(
         "vgg16",
-        6,
+        5,
         _exact("93.30")
         | _recipe("swat-u sparsity=0.9 threshold_from=16384", "89.7", "91.95")
         | _recipe("swat-erk sparsity=0.95 threshold_from=16384", "89.5", "92.50")
@@ -118,7 +118,7 @@ STUDIES = {
     ),
     "resnet20": _cifar10(
         "resnet20",
-        8,
+        6,
         _exact("-")
         | _recipe("swat-u sparsity=0.9 threshold_from=16384")
         | _recipe("swat-erk sparsity=0.9 threshold_from=16384")
@@ -126,7 +126,7 @@ STUDIES = {
     ),
     "ptb": Study(
         "examples.ptb",
-        ("--epochs", "5"),
+        ("--epochs", "4"),
         _exact("83.5")
         | {
             "half of the decoder": Way(
