@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks import recipe_accuracy
 from benchmarks.recipe_accuracy import STUDIES, planned, table
 from benchmarks.timing import write_results
+from benchmarks.trainings import Runs
 from examples import arguments, cifar10, mnist, ptb
 from graphpass import Options
 
@@ -64,22 +65,20 @@ def test_the_table_compares_after_the_same_epoch() -> None:
     assert cells["crs-topk keep=0.4"][3] == "-"
 
 
+@pytest.mark.parametrize("more", [(), ("--threads", "2")])
 def test_runs_made_with_other_arguments_are_made_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     [first, *_] = planned(_given("resnet20"))
     elsewhere = ["here" if word == "data" else word for word in first.arguments]
-    for arguments, finished in ((elsewhere, True), ([*elsewhere, "--threads", "2"], False)):
-        run = {"arguments": arguments, "finished": True, "epochs": []}
-        output = str(tmp_path / "runs")
-        write_results(output, {"runs": {first.name: run}})
-        monkeypatch.setattr(
-            recipe_accuracy.trainings,
-            "run",
-            lambda todo, runs, *_, **__: asked.append(runs[todo[0].name]["finished"]),
-        )
-        asked: list[bool] = []
-        recipe_accuracy.main(
-            ["--data", "data", "--studies", "resnet20", "--max-steps", "3", "--output", output]
-        )
-        assert asked == [finished]
+    output, given = str(tmp_path / "runs"), ["--data", "data", "--studies", "resnet20"]
+    run = {"arguments": [*elsewhere, *more], "finished": True, "epochs": []}
+    write_results(output, {"runs": {first.name: run}})
+    kept: list[bool] = []
+
+    def train(_: object, runs: Runs, *__: object, **___: object) -> None:
+        kept.append(runs[first.name]["finished"])
+
+    monkeypatch.setattr(recipe_accuracy.trainings, "run", train)
+    recipe_accuracy.main([*given, "--max-steps", "3", "--output", output])
+    assert kept == [not more]
