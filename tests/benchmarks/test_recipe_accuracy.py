@@ -2,6 +2,7 @@
 
 import argparse
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,8 @@ from torch import nn
 
 from benchmarks import recipe_accuracy
 from benchmarks.recipe_accuracy import STUDIES, planned, table
+from benchmarks.timing import write_results
+from benchmarks.trainings import Runs
 from examples import arguments, cifar10, mnist, ptb
 from graphpass import Options
 
@@ -60,3 +63,22 @@ def test_the_table_compares_after_the_same_epoch() -> None:
     assert cells["exact"] == ["0.0", "0", "1 or 2", "91.00 (91.00 to 91.00)", "-", "98.16"]
     assert cells[way] == ["75.0", "79", "1 or 2", "90.50", "-0.50", "98.1"]
     assert cells["crs-topk keep=0.4"][3] == "-"
+
+
+@pytest.mark.parametrize("more", [(), ("--threads", "2")])
+def test_runs_made_with_other_arguments_are_made_again(
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    [first, *_] = planned(_given("resnet20"))
+    elsewhere = ["here" if word == "data" else word for word in first.arguments]
+    output, given = str(tmp_path / "runs"), ["--data", "data", "--studies", "resnet20"]
+    run = {"arguments": [*elsewhere, *more], "finished": True, "epochs": []}
+    write_results(output, {"runs": {first.name: run}})
+    kept: list[bool] = []
+
+    def train(_: object, runs: Runs, *__: object, **___: object) -> None:
+        kept.append(runs[first.name]["finished"])
+
+    monkeypatch.setattr(recipe_accuracy.trainings, "run", train)
+    recipe_accuracy.main([*given, "--max-steps", "3", "--output", output])
+    assert kept == [not more]

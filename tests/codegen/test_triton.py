@@ -33,6 +33,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def test_triton_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHPASS_TRITON", "0")
+    assert gpu_build.toolchain.__wrapped__() == "GRAPHPASS_TRITON is 0"
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[tuple[str, int], str]:
     """Return what went wrong with each sample of each kernel in the interpreter."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from examples import data, mnist, models
+from examples import data, images, mnist, models
 from graphpass import ConfigError
 
 SIDE = 28
@@ -100,6 +101,31 @@ def test_training_by_a_recipe(tmp_path: Path) -> None:
     assert rows["fc1", "forward"]["method"] == "exact"
     assert rows["fc2", "forward"]["params"]["keep"] == 0.4
     assert rows["fc2", "input"]["params"]["again"] == 0.05
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_sparse_training_is_scored_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all(tmp_path)
+    scored: list[tuple[nn.Module, float]] = []
+
+    def zeros(model: nn.Module, *_: object) -> float:
+        scored.append((model, _zeros(model)))
+        return 50.0
+
+    monkeypatch.setattr(images, "accuracy_percent", zeros)
+    arguments = ["--data", str(tmp_path), "--batch-size", "20", "--epochs", "1", "--threads", "1"]
+    mnist.main([*arguments, "--recipe", "swat-u", "sparsity=0.9"])
+    [(model, share)] = scored
+    assert share == pytest.approx(0.9, abs=0.01)
+    # All of them are trained on.
+    assert _zeros(model) < 0.01
+
+
+def _zeros(model: nn.Module) -> float:
+    weight = model.get_parameter("fc2.weight")
+    return float((weight == 0).float().mean())
 
 
 def test_recipes_are_checked(tmp_path: Path) -> None:
