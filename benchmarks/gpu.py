@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", help="time these alone, as in resnet50/bf16")
     parser.add_argument(
         "--training", action="append", default=[],
-        help="arguments of the interpreter as one text, behind NAME=VALUE of its environment; may "
+        help="arguments of the interpreter as one text, behind NAME=VALUE of its environment; it "
+        "should end by itself half a minute before the run does, or nothing of it is kept; may "
         "be given several times",
     )  # fmt: skip
     given = parser.parse_args(argv)

@@ -56,10 +56,8 @@ def fastest(path: Path, ways: Mapping[str, Run], machine: str, timer: Timer) -> 
     Raises:
         RuntimeError: if all fail, with what became of the first.
     """
-    kept = path.with_name(f"{path.stem}-{hashlib.sha256(machine.encode()).hexdigest()[:8]}.json")
-    remembered = _read(kept, ways)
-    if remembered is not None:
-        return remembered
+    if (known := remembered(path, ways, machine)) is not None:
+        return known
     seconds: dict[str, float] = {}
     errors: dict[str, Exception] = {}
     for name, run in ways.items():
@@ -74,8 +72,17 @@ def fastest(path: Path, ways: Mapping[str, Run], machine: str, timer: Timer) -> 
     outcome = Outcome(min(seconds, key=seconds.__getitem__), seconds, failed)
     # One that is left over was compared with nothing: the others may work the next time.
     if len(seconds) > 1:
-        _write(kept, machine, outcome)
+        _write(_kept(path, machine), machine, outcome)
     return outcome
+
+
+def remembered(path: Path, ways: Mapping[str, Run], machine: str) -> Outcome | None:
+    """Return what was found before on such a machine; None if it was not, or not of these ways."""
+    return _read(_kept(path, machine), ways)
+
+
+def _kept(path: Path, machine: str) -> Path:
+    return path.with_name(f"{path.stem}-{hashlib.sha256(machine.encode()).hexdigest()[:8]}.json")
 
 
 def seconds_of(run: Run) -> float:
