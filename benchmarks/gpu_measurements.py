@@ -57,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[one.identity] = one
     machine = {k: v for part in runs[-1]["sections"]["machine"] for k, v in part.items()}
     source = f"measured on {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}"
-    record = {"source": source, "measurements": [asdict(one) for one in found.values()]}
-    given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    # A line each, to be read by people as well.
+    lines = ",\n".join(json.dumps(asdict(one)) for one in found.values())
+    text = f'{{"source": {json.dumps(source)}, "measurements": [\n{lines}\n]}}\n'
+    given.output.write_text(text, encoding="utf-8")
     kinds = sorted({(one.kind, one.dtype) for one in found.values()})
     for kind in kinds:
         print(*kind, sum((one.kind, one.dtype) == kind for one in found.values()))
