@@ -91,6 +91,12 @@ class Options:
             raise ConfigError("both plan and methods were given: a plan already names its methods")
         self.resolved_schedule()
 
+    @property
+    def replays(self) -> bool:
+        """Whether Inductor records steps as CUDA graphs, so that the host takes no time for them."""
+        default = self.mode in ("reduce-overhead", "max-autotune")
+        return bool((self.inductor or {}).get("triton.cudagraphs", default))
+
     @classmethod
     def from_dict(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> "Options":
         """Return the options that `torch.compile(mode=..., options=...)` was given.

@@ -77,7 +77,7 @@ def make_plan(
         # Nothing is to be predicted, and nothing is to take time.
         return plan
     if pricing is None:
-        pricing = prices.of(analysis, torch.get_num_threads())
+        pricing = prices.of(analysis, torch.get_num_threads(), options.replays)
     if given is not None or isinstance(options.methods, Mapping):
         planned = replacements(plan, analysis.sites)
         return replace(plan, prediction=predict(analysis, planned, pricing, noise))

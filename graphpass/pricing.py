@@ -86,15 +86,16 @@ class Pricing(Protocol):
         """Time what is compared, as far as there is time; return whether a price changed."""
 
 
-def of(analysis: Analysis, threads: int) -> "HardwarePricing":
+def of(analysis: Analysis, threads: int, replays: bool = False) -> "HardwarePricing":
     """Return the prices of a graph on the machine it will run on.
 
     Args:
         analysis: what the graph holds.
         threads: threads that a CPU runs it with.
+        replays: whether a GPU replays it as CUDA graphs.
     """
     if analysis.device != "cpu":
-        return HardwarePricing(_gpu(analysis.device), analysis, threads)
+        return HardwarePricing(_gpu(analysis.device), analysis, threads, replays)
     hardware = calibration.load(threads)
     if isinstance(hardware, str):
         log.info("prices are those of %s: %s", _UNKNOWN_CPU, hardware)
@@ -118,12 +119,16 @@ class HardwarePricing:
     Attributes:
         hardware: the machine.
         analysis: the graph.
+        replays: whether a GPU replays it as CUDA graphs.
         timings: what was timed.
     """
 
-    def __init__(self, hardware: Hardware, analysis: Analysis, threads: int) -> None:
+    def __init__(
+        self, hardware: Hardware, analysis: Analysis, threads: int, replays: bool = False
+    ) -> None:
         """Read what earlier processes timed; see `of`."""
         self.hardware = hardware
+        self.replays = replays
         self.analysis = analysis
         self.timings = Timings(analysis.hints, analysis.device, threads)
         self._left_s = TIMING_S.get(analysis.device, 0.0)
@@ -238,6 +243,8 @@ class HardwarePricing:
     @cached_property
     def _waits(self) -> bool:
         """Whether a GPU waits for the host in an exact step."""
+        if self.replays:
+            return False
         exact = [self._kernels((site, None, None)) for site in self.analysis.sites]
         busy_s = sum(self._kernel_s(kernel) for bound in exact for kernel in bound)
         busy_s += self._rest_s(kernels_of.FUSED_COLD)

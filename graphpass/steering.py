@@ -79,7 +79,7 @@ def why_not(analysis: Analysis, options: Options, frozen: bool) -> str | None:
 
 def controller_of(part: Part, variants: Variants, current: Subplan) -> Controller | str:
     """Return what keeps the plan of a part within its budget, or why nothing does."""
-    pricing = prices.of(part.analysis, torch.get_num_threads())
+    pricing = prices.of(part.analysis, torch.get_num_threads(), part.options.replays)
     offers = (*replacements(current.plan(), part.analysis.sites), *_offers(part, pricing))
     candidates = {
         variants.position(replacement): replacement

@@ -12,6 +12,7 @@ from torch import nn
 
 import graphpass
 from graphpass import AccuracyDrop, ConfigError, Options, Plan, Schedule, Speedup
+from graphpass.backend import inductor_patches
 from graphpass.curve import Curve
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -353,3 +354,21 @@ def test_resolved_plan(tmp_path: Path) -> None:
     for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
         assert Options(plan=given).resolved_plan() == plan
     assert Options().resolved_plan() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "replays"),
+    [
+        ({}, None, False),
+        ({"inductor": {"triton.cudagraphs": True}}, None, True),
+        ({}, "reduce-overhead", True),
+        ({"inductor": {"triton.cudagraphs": False}}, "max-autotune", False),
+        ({}, "max-autotune-no-cudagraphs", False),
+    ],
+)
+def test_cuda_graphs_are_asked_for_as_inductor_has_it(
+    given: dict[str, Any], mode: str | None, replays: bool
+) -> None:
+    options = Options.from_dict(given, mode)
+    assert options.replays is replays
+    assert bool(inductor_patches(options).get("triton.cudagraphs")) is replays

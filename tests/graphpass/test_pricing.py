@@ -159,8 +159,7 @@ def test_a_gpu_waits_for_the_host_in_steps_of_small_kernels(size: int, waits: bo
     """There, and only there, calls of our kernels are priced beside what they take."""
     layers = [conv_layer(number, channels=256, size=size, batch=128) for number in (1, 2)]
     analysis = replace(chain(layers), device="cuda")
-    prices, alone = (pricing.of(analysis, THREADS) for _ in range(2))
-    alone.__dict__["_waits"] = False
+    prices, alone = (pricing.of(analysis, THREADS, replays) for replays in (False, True))
     site, method = analysis.sites[1], get_method("int8")
     ours = sum(kernel.kind in kernels() for kernel in method.cost(site, method.params()))
     late = prices.approximate(site, method, method.params()).seconds
