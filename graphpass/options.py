@@ -93,7 +93,7 @@ class Options:
 
     @property
     def replays(self) -> bool:
-        """Whether Inductor records steps as CUDA graphs, so that the host takes no time for them."""
+        """Whether Inductor records steps as CUDA graphs, which take no time of the host."""
         default = self.mode in ("reduce-overhead", "max-autotune")
         return bool((self.inductor or {}).get("triton.cudagraphs", default))
 
