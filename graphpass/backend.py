@@ -154,10 +154,7 @@ def _compile_training(
         raise
     callers.remember()
 
-    def dispatch(*args: Any) -> Any:
-        return dispatcher(*args)
-
-    return dispatch
+    return callers.shortcut(dispatcher)
 
 
 def analyse(

@@ -12,6 +12,10 @@ from torch.utils.checkpoint import _CheckpointFrame
 
 from graphpass.dispatcher import Choice
 
+# Returns the number of the backward pass that is running; NONE if none is.
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+NONE = -1
+
 
 class Recomputation:
     """Remembers what was chosen for the calls of each checkpointed region, in order."""
@@ -26,10 +30,10 @@ class Recomputation:
 
     def choose(self, fresh: Callable[[], Choice]) -> Choice:
         """Return what the first run of this call was given, or a fresh choice for a first run."""
-        region, backward = _region(), torch._C._current_graph_task_id()
+        region, backward = _region(), backward_pass()
         if region is None:
             return fresh()
-        if backward == -1:
+        if backward == NONE:
             chosen = fresh()
             self._chosen.setdefault(region, []).append(chosen)
             return chosen
@@ -41,7 +45,7 @@ class Recomputation:
 
 def repeats() -> bool:
     """Return whether a checkpoint is running again what was run before."""
-    return torch._C._current_graph_task_id() != -1 and _region() is not None
+    return backward_pass() != NONE and _region() is not None
 
 
 def _region() -> _CheckpointFrame | None:

@@ -6,7 +6,7 @@ call `advance` once per optimizer step, or let `follow(optimizer)` do it.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -73,7 +73,7 @@ class Session:
         self._step = 0
         self._counts_forwards = True
         self._exact_depth = 0
-        # How often each caller (`Caller.identity`) was seen in this step.
+        # How often each caller (`Caller.identity`) was seen in this step; none that was not.
         self._calls: dict[str, int] = {}
         # Callers in the order they first ran; gives each its own draws, the same in every run.
         self._callers: dict[str, int] = {}
@@ -84,6 +84,8 @@ class Session:
         # By caller, in the order they were compiled; and why others are not measured.
         self._controllers: dict[str, Steered] = {}
         self._unmeasured: dict[str, str] = {}
+        # By caller, what looks for something to steer again, under another budget.
+        self._again: dict[str, Callable[[], None]] = {}
         self._resumed_controllers: list[Mapping[str, Any]] = []
         # What methods keep, by caller, in the order they were compiled.
         self._kept: dict[str, Kept] = {}
@@ -95,8 +97,8 @@ class Session:
     @property
     def step(self) -> int:
         """Number of training steps begun (by default rule) or completed (with `advance`)."""
-        begun = self._counts_forwards and any(self._calls.values())
-        return self._step + (1 if begun else 0)
+        begun = self._counts_forwards and bool(self._calls)
+        return self._step + begun
 
     @property
     def plan(self) -> Plan:
@@ -121,19 +123,28 @@ class Session:
         return tuple(dict.fromkeys(note for note in notes if note))
 
     def set_budget(self, budget: Budget) -> None:
-        """Plan for another budget, from the next step on, by what is known of the noise.
+        """Plan for another budget, by what is known of the noise, or is measured then.
+
+        Where nothing was worth measuring under the budget of before, it is looked at again.
 
         Raises:
-            ConfigError: if it is no budget, or no plan of this model is made by the planner, or
-                none is any more after a failure.
+            ConfigError: if it is no budget, is out of reach, or no plan of this model is made by
+                the planner, or none is any more after a failure.
         """
         check_budget(budget)
-        if self._plans and all(c.is_halted for c in self._controllers.values()):
-            raise ConfigError(
-                f"set_budget({budget!r}): no plan of this model is made by the planner "
-                f"({'; '.join(self.notes)}); compile it with options={{'budget': ...}} alone"
-            )
-        self._budget = budget
+        before, self._budget = self._budget, budget
+        try:
+            for again in list(self._again.values()):
+                again()
+            left = any(not c.is_halted for c in self._controllers.values())
+            if self._plans and not self._again and not left:
+                raise ConfigError(
+                    f"set_budget({budget!r}): no plan of this model is made by the planner "
+                    f"({'; '.join(self.notes)}); compile it with options={{'budget': ...}} alone"
+                )
+        except ConfigError:
+            self._budget = before
+            raise
         for controller in self._controllers.values():
             controller.budget_changed()
 
@@ -226,8 +237,9 @@ class Session:
         for number, kept in enumerate(self._kept.values()):
             kept.load_state_dict(self._saved_of(number))
         self._resumed_calls = calls
-        for caller, count in zip(self._callers, calls, strict=False):
-            self._calls[caller] = count
+        self._calls |= {
+            caller: count for caller, count in zip(self._callers, calls, strict=False) if count
+        }
 
     def begin(self, caller: str) -> Turn:
         """Count one training call of a graph.
@@ -235,18 +247,33 @@ class Session:
         Args:
             caller: `Caller.identity` of the part of the model that runs.
         """
-        if caller not in self._callers:
-            number = self._callers[caller] = len(self._callers)
-            if number < len(self._resumed_calls):
-                self._calls[caller] = self._resumed_calls[number]
-        if self._counts_forwards and self._calls.get(caller, 0):
-            self._step += 1
-            self._calls.clear()
-        if not any(self._calls.values()):
-            settle(self._kept.values(), self._step)
-        repeat = self._calls.get(caller, 0)
-        self._calls[caller] = repeat + 1
+        repeat = self.count(caller)
         return Turn(self._step, repeat, self._callers[caller])
+
+    def count(self, caller: str) -> int:
+        """Count one training call of a graph; return how many the caller made in this step.
+
+        Args:
+            caller: `Caller.identity` of the part of the model that runs.
+        """
+        calls = self._calls
+        if caller not in self._callers:
+            self._introduce(caller)
+        repeat = calls.get(caller, 0)
+        if repeat and self._counts_forwards:
+            self._step += 1
+            calls.clear()
+            repeat = 0
+        if not calls:
+            settle(self._kept.values(), self._step)
+        calls[caller] = repeat + 1
+        return repeat
+
+    def _introduce(self, caller: str) -> None:
+        number = self._callers[caller] = len(self._callers)
+        resumed = self._resumed_calls[number : number + 1]
+        if any(resumed):
+            self._calls[caller] = resumed[0]
 
     def layer_offset(self, owner: str, layers: int) -> int:
         """Return the number of layers in the graphs that ran before this one.
@@ -289,11 +316,23 @@ class Session:
             controller.load_state_dict(self._resumed_controllers[number])
         self._controllers[caller] = controller
         self._unmeasured.pop(caller, None)
+        self._again.pop(caller, None)
 
-    def add_unmeasured(self, caller: str, reason: str) -> None:
-        """Note why nothing is measured of a caller."""
+    def add_unmeasured(
+        self, caller: str, reason: str, again: Callable[[], None] | None = None
+    ) -> None:
+        """Note why nothing is measured of a caller.
+
+        Args:
+            caller: `Caller.identity` of the part of the model.
+            reason: why.
+            again: looks whether that holds under another budget; None if it holds under any.
+        """
         self._unmeasured[caller] = reason
         self._controllers.pop(caller, None)
+        self._again.pop(caller, None)
+        if again is not None:
+            self._again[caller] = again
 
 
 def _are_mappings(kept: object) -> bool:

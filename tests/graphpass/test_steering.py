@@ -230,8 +230,34 @@ def test_why_nothing_is_measured(options: dict[str, Any], reason: str) -> None:
     run.run(range(2))
     assert run.session.noise is None
     assert any(reason in note for note in run.session.notes)
+
+
+def test_no_budget_helps_where_the_plan_was_given() -> None:
+    run = Training(methods={"*": "int8"})
+    run.run(range(2))
     with pytest.raises(ConfigError, match="no plan of this model is made by the planner"):
         run.session.set_budget(0.1)
+
+
+def test_another_budget_is_planned_for_where_there_was_none() -> None:
+    run = Training(budget=0)
+    run.run(range(FIRST))
+    run.session.set_budget(0.1)
+    assert run.session.notes == ()
+    run.run(range(FIRST, FIRST + EVERY))
+    assert run.session.noise is not None and run.session.plan.approximated
+    run.session.set_budget(0)
+    run.run(range(FIRST + EVERY, FIRST + EVERY + 2))
+    assert not run.session.plan.approximated
+
+
+def test_another_budget_changes_nothing_where_nothing_pays() -> None:
+    run = Training(methods=["zero"])
+    run.run(range(2))
+    run.session.set_budget(0.1)
+    run.run(range(2, 4))
+    assert run.session.notes == (Reason.NOTHING_PAYS.value,)
+    assert run.session.step == 4 and not run.session.plan.approximated
 
 
 def test_a_plan_with_forward_products_is_measured_without_them() -> None:
