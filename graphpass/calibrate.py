@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from codegen import build
 from graphpass import calibration, workloads
 from graphpass.calibration import Measurement
-from graphpass.timing import best_s, keep_memory
+from graphpass.timing import fastest, fill_caches, keep_memory, nothing
 from graphpass.workloads import Make
 
 _ROUNDS = 3
@@ -45,18 +45,25 @@ def calibrate(threads: int, limit_s: float, again: bool, console: Console) -> Pa
     keep_memory()
     try:
         with torch.no_grad():
-            best = _measure(time.perf_counter() + limit_s, console)
+            best, disturbed = _measure(time.perf_counter() + limit_s, console)
     finally:
         torch.set_num_threads(before)
+    if disturbed:
+        console.print(
+            f"other programs were running while {disturbed} of {len(best)} kernels were measured: "
+            "run again with --again when the machine is idle"
+        )
     earlier = calibration.measurements(threads) if again else ()
     for one in () if isinstance(earlier, str) else earlier:
         _keep_faster(best, one)
     return calibration.store(best.values(), threads)
 
 
-def _measure(end: float, console: Console) -> dict[tuple[object, ...], Measurement]:
+def _measure(end: float, console: Console) -> tuple[dict[tuple[object, ...], Measurement], int]:
+    """Return what was found, and of how many kernels every call was disturbed."""
     jobs = _jobs()
     best: dict[tuple[object, ...], Measurement] = {}
+    calm: set[tuple[object, ...]] = set()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("compiling", total=(1 + _ROUNDS) * len(jobs) + _ROUNDS)
@@ -72,9 +79,12 @@ def _measure(end: float, console: Console) -> dict[tuple[object, ...], Measureme
                     break
                 progress.update(task, description=f"measuring, round {number + 1}", advance=1)
                 for load in make():
-                    seconds = best_s(load.run, _CALLS_S, load.warm) / load.count
-                    _keep_faster(best, Measurement.of(load.kernel, seconds))
-    return best
+                    found = fastest((load.run,), _CALLS_S, nothing if load.warm else fill_caches)
+                    one = Measurement.of(load.kernel, found.seconds[0] / load.count)
+                    _keep_faster(best, one)
+                    if not found.disturbed:
+                        calm.add(one.identity)
+    return best, len(best) - len(calm)
 
 
 def _keep_faster(best: dict[tuple[object, ...], Measurement], one: Measurement) -> None:

@@ -218,18 +218,23 @@ class HardwarePricing:
         return self.timings.key((site, None, None))
 
     def _price(self, way: Way) -> Price:
-        predicted, measured = self._predicted(way), self.timings.of(way)
+        measured = self.timings.of(way)
         if measured is None:
-            return predicted
-        whole_s = measured + self._host_s(self._kernels(way))
-        return replace(_scaled(predicted, whole_s), source="measured", error=0.0)
+            return self._predicted(way)
+        return self._of_kernels(self._kernels(way), measured, "measured", 0.0)
 
     def _predicted(self, way: Way) -> Price:
         bound = self._kernels(way)
-        times = [(kernel.shared, self._kernel_s(kernel)) for kernel in counted_once(bound)]
-        shared = {name: kernel_s for name, kernel_s in times if name}
-        whole = sum(kernel_s for _, kernel_s in times) + self._host_s(bound)
-        return Price(whole, shared, self.source, self._error(bound))
+        seconds_of_each = [self._kernel_s(kernel) for kernel in counted_once(bound)]
+        return self._of_kernels(bound, seconds_of_each, self.source, self._error(bound))
+
+    def _of_kernels(
+        self, bound: Sequence[KernelCost], each: Sequence[float], source: str, error: float
+    ) -> Price:
+        """Return the price of kernels that take so many seconds each, those that are run."""
+        run = zip(counted_once(bound), each, strict=True)
+        shared = {kernel.shared: kernel_s for kernel, kernel_s in run if kernel.shared}
+        return Price(sum(each) + self._host_s(bound), shared, source, error)
 
     def _host_s(self, bound: Iterable[KernelCost]) -> float:
         """Return what a product takes longer for the host's sake.

@@ -84,6 +84,13 @@ def operands(site: Site, device: str = "cpu") -> dict[str, Tensor]:
     return made
 
 
+def just_computed(site: Site, given: Mapping[str, Tensor]) -> Tensor:
+    """Return the operand that a step has computed last: the output gradient, forward the input."""
+    if site.conv is None:
+        return next(iter(given.values()))
+    return given["input" if site.gradient is Gradient.FORWARD else "grad"]
+
+
 def exact(site: Site, given: Mapping[str, Tensor]) -> Run:
     """Return what computes a product as Inductor has it computed: by the vendor's kernel.
 

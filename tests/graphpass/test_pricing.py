@@ -2,11 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import sympy
@@ -38,9 +38,12 @@ from graphpass.options import Options
 from graphpass.planner import make_plan
 from graphpass.pricing import Price
 from graphpass.site import Gradient, Site
+from graphpass.timing import Fastest
 from tests.graphpass.planning import chain, conv_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+Runs = Sequence[Callable[[], object]]
 
 THREADS = 2
 ROWS, CHANNELS = 64, 32
@@ -260,12 +263,12 @@ def _may_take(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
 def test_a_product_is_timed_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     site, timed = _linear(Gradient.FORWARD), []
 
-    def best_s(run: Callable[[], object], limit_s: float) -> float:
-        run()
-        timed.append(limit_s)
-        return 7.0
+    def fastest(runs: Runs, limit_s: float, before: Callable[[], object]) -> Fastest:
+        before()
+        timed.append([run() for run in runs])
+        return Fastest((7.0,), disturbed=False)
 
-    monkeypatch.setattr(timings, "best_s", best_s)
+    monkeypatch.setattr(timings, "fastest", fastest)
     _may_take(monkeypatch, 60.0)
     prices = _calibrated()
     pair = ((site, None, None), (site, None, None))
@@ -282,20 +285,46 @@ def test_a_method_is_timed_with_what_it_shares(monkeypatch: pytest.MonkeyPatch) 
     site, method = _linear(Gradient.WEIGHT), get_method("int8")
     results: list[Any] = []
 
-    def best_s(run: Callable[[], object], limit_s: float) -> float:
-        results.append(run())
-        return limit_s
+    def fastest(runs: Runs, limit_s: float, before: Callable[[], object]) -> Fastest:
+        del limit_s, before
+        results.extend(run() for run in runs)
+        return Fastest((1.0, 2.0, 4.0, 8.0, 16.0), disturbed=False)
 
-    monkeypatch.setattr(timings, "best_s", best_s)
+    monkeypatch.setattr(timings, "fastest", fastest)
     _may_take(monkeypatch, 60.0)
     prices = _calibrated()
     way = (site, method, method.params())
     prices.confirm([(way, way)])
     price = prices.approximate(site, method, method.params())
-    assert price.source == "measured" and 0 < sum(price.shared.values()) < price.seconds
+    assert price.source == "measured" and price.seconds == 31.0
+    assert sorted(price.shared.values()) == [1.0, 2.0, 4.0, 8.0]
     # Each operand's largest magnitude and its bytes, then their product.
     *_, product = results
     assert len(results) == 5 and product.numel() == CHANNELS**2
+
+
+def test_what_other_programs_disturbed_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It keeps its price, is not tried again in this process, and the next process tries."""
+    site, tries, said = _linear(Gradient.FORWARD), [], list[str]()
+
+    def fastest(runs: Runs, limit_s: float, before: Callable[[], object]) -> Fastest:
+        del limit_s, before
+        tries.append(runs)
+        return Fastest((7.0,), disturbed=True)
+
+    monkeypatch.setattr(timings, "fastest", fastest)
+    monkeypatch.setattr(timings.log, "info", lambda text, *args: said.append(text % args))
+    _may_take(monkeypatch, 60.0)
+    pair = ((site, None, None), (site, None, None))
+    for number in (1, 2):
+        prices = _calibrated()
+        before = prices.exact(site)
+        assert not prices.confirm([pair]) and not prices.confirm([pair])
+        assert prices.exact(site) == before and len(tries) == number
+    busy = f"{site.id} keeps its price: the machine is busy with other programs"
+    assert said == [busy] * 2
 
 
 def test_timing_ends_with_its_time_and_failures_change_nothing(
@@ -303,7 +332,7 @@ def test_timing_ends_with_its_time_and_failures_change_nothing(
 ) -> None:
     tried: list[Site] = []
 
-    def time(self: Any, way: Any, *_: Any) -> float:
+    def time(self: Any, way: Any, *_: Any) -> NoReturn:
         del self
         tried.append(way[0])
         raise MemoryError("no room")
@@ -332,7 +361,7 @@ def test_what_was_timed_is_compared_with_its_like(monkeypatch: pytest.MonkeyPatc
     prices, site, method = _calibrated(), _linear(Gradient.WEIGHT), get_method("int8")
     before = prices.approximate(site, method, method.params())
     exact_s = prices.exact(site).seconds
-    monkeypatch.setattr(timings.Timings, "_time", lambda *_: 10 * exact_s)
+    monkeypatch.setattr(timings.Timings, "_time", lambda *_: (10 * exact_s,))
     _may_take(monkeypatch, 60.0)
     again = _calibrated()
     again.confirm([((site, None, None), (site, None, None))])
@@ -358,11 +387,12 @@ def test_what_a_gpu_would_approximate_is_timed_before_it_is_planned(
     analysis = replace(chain(layers), device="cuda")
     timed: list[tuple[str, str]] = []
 
-    def time(self: Any, way: Any, *_: Any) -> float:
+    def time(self: Any, way: Any, kernels: Any, _: Any) -> timings.Seconds:
         del self
         site, method, _ = way
         timed.append((site.id, method.name if method else "exact"))
-        return 1.0 if method is None else 2.0 if site.gradient is Gradient.INPUT else 0.5
+        whole_s = 1.0 if method is None else 2.0 if site.gradient is Gradient.INPUT else 0.5
+        return (whole_s / len(kernels),) * len(kernels)
 
     monkeypatch.setattr(timings.Timings, "_time", time)
     options = Options(budget=1.0, methods=["int8"])
@@ -388,11 +418,12 @@ def test_products_are_timed_while_a_model_is_being_compiled(
     """On real operands, in the midst of Dynamo's fake ones; here the method's are cheap."""
     results: list[Any] = []
 
-    def best_s(run: Callable[[], object], limit_s: float) -> float:
-        results.append(run())
-        return limit_s / len(results)
+    def fastest(runs: Runs, limit_s: float, before: Callable[[], object]) -> Fastest:
+        before()
+        results.extend(run() for run in runs)
+        return Fastest((limit_s / len(results) / len(runs),) * len(runs), disturbed=False)
 
-    monkeypatch.setattr(timings, "best_s", best_s)
+    monkeypatch.setattr(timings, "fastest", fastest)
     _may_take(monkeypatch, 60.0)
     model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     options = {"methods": ["int8"], "budget": 1.0, "strict": True, "warmup_steps": 0}
