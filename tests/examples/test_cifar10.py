@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from examples import arguments, checkpoint, cifar10, compare, data, models, program
+from examples import arguments, checkpoint, cifar10, compare, data, models, program, training
 from examples.results import StepTime, step_statistics
 from examples.settings import Settings
 from graphpass import ConfigError
@@ -59,6 +59,23 @@ def test_results_are_returned_and_written(tmp_path: Path) -> None:
     assert run["train_s"] > 0
     assert 0 <= run["test_accuracy_percent"] <= 100
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_an_interrupted_run_leaves_the_epochs_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, step = tmp_path / "results.json", training.Trainer.train_step
+
+    def interrupted(trainer: training.Trainer) -> None:
+        if trainer.step == 6:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    monkeypatch.setattr(training.Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.main([*EAGER, "--json", str(path)])
+    [run] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert [epoch["steps"] for epoch in run["epochs"]] == [4]
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16", "--channels-last"]])
@@ -149,6 +166,10 @@ def test_a_failed_write_leaves_the_old_file(
         (["--max-steps", "-1"], "max_steps is -1"),
         (["--lr", "nan"], "lr is nan: give a positive number"),
         (["--seed", "-1"], "seed is -1: give a number from 0"),
+        (["--device", "abacus"], "there is no device 'abacus': legal are cpu, cuda"),
+        (["--device", "meta"], "cannot train on 'meta': legal are cpu, cuda"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99': torch sees .* on this machine"),
+        (["--backend", "eager", "--strict"], "--strict means nothing to --backend eager"),
         (["--model", "lenet"], "unknown model 'lenet'"),
         (["--data", "absent"], "cannot read CIFAR-10 from absent: no such folder"),
         (["--batch-size", "300"], "batch size 300 does not suit 128 training images"),
