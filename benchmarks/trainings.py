@@ -56,10 +56,12 @@ class Process:
         self.training = training
         self._folder = tempfile.TemporaryDirectory(prefix="graphpass-training-")
         self._files = Path(self._folder.name)
+        self._results = self._files / "json"
         self._start = time.monotonic()
+        self._seen, self._stopped = 0, False
         command = [
             sys.executable, "-m", training.program, *training.arguments,
-            "--threads", str(threads), "--json", str(self._files / "json"),
+            "--threads", str(threads), "--json", str(self._results),
         ]  # fmt: skip
         with (self._files / "out").open("wb") as out:
             # A group of its own, to be ended with whatever compiles for it, but of this session:
@@ -71,42 +73,55 @@ class Process:
     @property
     def begun(self) -> bool:
         """Whether an epoch is over, and everything compiled."""
-        return (self._files / "json").exists()
+        return self._results.exists()
 
-    def result(self, stop: bool) -> dict[str, Any] | None:
-        """Return what it came to; None while it runs.
+    def news(self) -> dict[str, Any] | None:
+        """Return what it has so far, if an epoch ended since this was asked last."""
+        if not self.begun or self._results.stat().st_mtime_ns == self._seen:
+            return None
+        self._seen = self._results.stat().st_mtime_ns
+        return self._record(finished=False, failed="")
 
-        Args:
-            stop: end it if it still runs.
-        """
-        pid, status, used = os.wait4(self._process.pid, os.WNOHANG)
-        stopped = not pid and stop
-        if stopped:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            pid, status, used = os.wait4(self._process.pid, 0)
+    def stop(self) -> None:
+        """End it, if it still runs."""
+        self._stopped = True
+        # Nobody else waits for it, so that the group is there until `result` was asked for.
+        os.killpg(self._process.pid, signal.SIGKILL)
+
+    def result(self) -> dict[str, Any] | None:
+        """Return what it came to; None while it runs."""
+        pid, status, used = os.wait4(self._process.pid, 0 if self._stopped else os.WNOHANG)
         if not pid:
             return None
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        path = self._files / "json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        text = (self._files / "out").read_text(encoding="utf-8", errors="replace")
-        printed = [line for line in text.splitlines() if line.strip()]
-        self._folder.cleanup()
-        failed = "" if status == 0 or stopped else "\n".join(printed[-30:])
-        return {
-            "arguments": list(self.training.arguments),
-            "finished": status == 0,
-            "failed": failed,
-            "last_line": printed[-1] if printed else "",
-            "wall_s": time.monotonic() - self._start,
+        killed = self._stopped and os.WIFSIGNALED(status)
+        failed = "" if status == 0 or killed else "\n".join(self._printed()[-30:])
+        record = self._record(finished=status == 0, failed=failed) | {
             "cpu_s": used.ru_utime + used.ru_stime,
             # Linux counts it in KiB.
             "peak_memory_bytes": used.ru_maxrss * 1024,
+        }
+        self._folder.cleanup()
+        return record
+
+    def _record(self, finished: bool, failed: str) -> dict[str, Any]:
+        content = json.loads(self._results.read_text(encoding="utf-8")) if self.begun else {}
+        printed = self._printed()
+        return {
+            "arguments": list(self.training.arguments),
+            "finished": finished,
+            "failed": failed,
+            "last_line": printed[-1] if printed else "",
+            "wall_s": time.monotonic() - self._start,
             "environment": content.get("environment"),
             "products": _products(content),
             "flops_share": _flops_share(content.get("reports", [])),
             **(content["runs"][0] if content else {"epochs": []}),
         }
+
+    def _printed(self) -> list[str]:
+        text = (self._files / "out").read_text(encoding="utf-8", errors="replace")
+        return [line for line in text.splitlines() if line.strip()]
 
 
 def run(
@@ -123,7 +138,7 @@ def run(
     Args:
         trainings: what to run, in order of worth.
         runs: results by name, added to; `finished` says whether a run came to its end.
-        note: called with them after every run.
+        note: called with them after every run, and after every epoch of one.
         at_once: how many processes run together.
         seconds: after which what still runs is ended, and nothing begun.
         threads: threads that each of them computes on.
@@ -132,17 +147,22 @@ def run(
     waiting = [t for t in trainings if not runs.get(t.name, {}).get("finished")]
     running: list[Process] = []
     compiled: set[str] = set()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             late = time.monotonic() > until
+            for process in running if late else ():
+                process.stop()
             for process in list(running):
+                name = process.training.name
                 compiled |= {process.training.kind} if process.begun else set()
-                result = process.result(stop=late)
+                result = process.result()
                 if result is not None:
                     running.remove(process)
-                    runs[process.training.name] = result
+                    _tell(name, result, until)
+                if found := result or process.news():
+                    runs[name] = found
                     note(runs)
-                    _tell(process.training.name, result, until)
             if late:
                 break
             while len(running) < at_once and (ready := _ready(waiting, running, compiled)):
@@ -150,8 +170,11 @@ def run(
                 running.append(Process(ready, threads))
             time.sleep(_POLL_S)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in running:
-            process.result(stop=True)
+            process.stop()
+        for process in running:
+            process.result()
 
 
 def add_arguments(parser: ArgumentParser, output: str) -> None:

@@ -51,17 +51,22 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
 def test_what_ends_fails_and_is_stopped_is_kept(training: Made) -> None:
     make, _ = training
     runs: trainings.Runs = {"before": {"finished": True}}
-    noted: list[int] = []
+    epochs_of_long: list[int] = []
+
+    def note(runs: trainings.Runs) -> None:
+        epochs_of_long.append(len(runs.get("long", {}).get("epochs", ())))
+
     todo = [make("before", 1), make("ends", 2), make("fails", 1, end="no memory")]
     todo += [make("long", 100, wait=0.2)]
-    trainings.run(todo, runs, lambda runs: noted.append(len(runs)), at_once=3, seconds=4)
+    trainings.run(todo, runs, note, at_once=3, seconds=4)
     assert runs["before"] == {"finished": True}
     ends, fails, long = runs["ends"], runs["fails"], runs["long"]
     assert (ends["finished"], ends["failed"], len(ends["epochs"])) == (True, "", 2)
     assert not fails["finished"] and "no memory" in fails["failed"] and len(fails["epochs"]) == 1
     assert (long["finished"], long["failed"]) == (False, "")
     assert 1 <= len(long["epochs"]) < 100
-    assert noted == [2, 3, 4]
+    # Every epoch is noted when it is over: whoever ends the benchmark loses none.
+    assert {1, 2} <= set(epochs_of_long)
     json.dumps(runs)
 
 
