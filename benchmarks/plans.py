@@ -2,6 +2,7 @@
 
     python -m benchmarks.plans
     python -m benchmarks.plans --models resnet20 --plans int8 --dtype bf16 --profile
+    python -m benchmarks.plans --models mlp --plans "crs-topk 0.5" --output plans-recipes
 
 A plan by hand names methods for all layers but the first; what a method refuses stays exact. "auto"
 is the backend without any options, and "tau 0.1" its choice for that budget, both on the prices of
@@ -59,6 +60,12 @@ PLANS: dict[str, Specs | dict[str, Any]] = {
     "pixels": _every("pixels", "weight"),
     "topk": _every("topk", "weight"),
 }
+# Smaller dense products by the papers' recipes, of half of the channels or columns; for those who
+# ask for them.
+RECIPES = {
+    "crs-topk 0.5": graphpass.recipe("crs-topk", keep=0.5),
+    "swat-channels 0.5": graphpass.recipe("swat-channels", sparsity=0.5),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,11 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     record = read_results(given.output)["models"] if given.add else {}
     for name in given.models:
-        case = Case(name, given.dtype, given.nchw)
+        case = Case(name, given.dtype, given.nchw, given.batch)
         record[name] = measure(case, given)
         console.print(_table(case, record[name]))
         # A model takes minutes: what is measured is kept whatever becomes of the next one.
-        described = {"batch": BATCH, "dtype": given.dtype, "nchw": given.nchw, "models": record}
+        described = {
+            "batch": given.batch,
+            "dtype": given.dtype,
+            "nchw": given.nchw,
+            "models": record,
+        }
         console.print(f"written to {write_results(given.output, described)}")
 
 
@@ -84,7 +96,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     reports = {}
     exact = make_step(case, None)
     for plan in given.plans:
-        runs[plan] = make_step(case, options_of(case, PLANS[plan]))
+        runs[plan] = make_step(case, options_of(case, (PLANS | RECIPES)[plan]))
         reports[plan] = graphpass.reports()[-1]
     profiles = {}
     if given.profile:
@@ -100,12 +112,19 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
             "approximated_sites": len(reports[name].approximated),
             "methods": Counter(row.method for row in reports[name].approximated),
             "sites": len(reports[name].rows),
+            "flops_share": flops_share(reports[name]),
             "saved_for_backward_bytes": {
                 "exact": reports[name].exact_saved_bytes,
                 "planned": reports[name].planned_saved_bytes,
             },
         }
     return {"exact_s": exact_s, "rounds": given.rounds, "plans": rows, "profiles_s": profiles}
+
+
+def flops_share(report: graphpass.Report) -> float:
+    """Return the share of the exact FLOPs of a step's products that its plan does."""
+    exact = sum(row.exact_flops for row in report.rows)
+    return sum(row.planned_flops for row in report.rows) / exact
 
 
 def options_of(case: Case, plan: Specs | dict[str, Any]) -> dict[str, Any]:
@@ -147,16 +166,17 @@ def _profile_table(case: Case, profiles: dict[str, dict[str, float]]) -> Table:
 def _table(case: Case, result: dict[str, Any]) -> Table:
     layout = "NCHW" if case.nchw else "channels_last"
     table = Table(
-        title=f"{case.name}, batch {BATCH}, {case.dtype}, {layout}; "
+        title=f"{case.name}, batch {case.batch}, {case.dtype}, {layout}; "
         f"Inductor {1e3 * result['exact_s']:.1f} ms a step"
     )
-    for column in ("plan", "products", "ms", "times faster", "quartiles"):
+    for column in ("plan", "products", "FLOPs saved", "ms", "times faster", "quartiles"):
         table.add_column(column)
     for plan, row in result["plans"].items():
         faster = row["speedup"]
         table.add_row(
             plan,
             f"{row['approximated_sites']} of {row['sites']}",
+            f"{100 * (1 - row['flops_share']):.0f} %",
             f"{1e3 * row['median_s']:.1f}",
             f"{faster['median']:.2f}",
             f"{faster['low_quartile']:.2f} to {faster['high_quartile']:.2f}",
@@ -167,7 +187,8 @@ def _table(case: Case, result: dict[str, Any]) -> Table:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=tuple(PLANS))
+    parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=(*PLANS, *RECIPES))
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")

@@ -25,11 +25,13 @@ class Case:
         name: one of the example models.
         dtype: `fp32`, or `bf16` for autocast to it.
         nchw: contiguous images and weights instead of channels_last.
+        batch: number of images.
     """
 
     name: str
     dtype: str = "fp32"
     nchw: bool = False
+    batch: int = BATCH
 
     def model(self) -> nn.Module:
         """Return the model; always with the same weights."""
@@ -39,7 +41,7 @@ class Case:
 
     def images(self) -> torch.Tensor:
         """Return random images; their content changes no time."""
-        images = torch.randn(BATCH, 3, 32, 32)
+        images = torch.randn(self.batch, 3, 32, 32)
         return images if self.nchw else images.contiguous(memory_format=torch.channels_last)
 
     def convolutions(self) -> list[str]:
@@ -72,7 +74,7 @@ def make_step(case: Case, options: dict[str, Any] | None) -> Step:
     backend = "inductor" if options is None else "approx"
     compiled = torch.compile(model, backend=backend, options=options)
     images = case.images()
-    labels = torch.randint(0, 10, (BATCH,))
+    labels = torch.randint(0, 10, (case.batch,))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16")
 
     def step() -> None:
