@@ -102,7 +102,7 @@ def measure(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     if given.profile:
         profiles = {name: _profile(run) for name, run in {"inductor": exact, **runs}.items()}
         Console().print(_profile_table(case, profiles))
-    seconds = paired(exact, runs, given.rounds, repeat=2)
+    seconds = paired(exact, runs, given.rounds, given.repeat)
     exact_s = statistics.median(base for _, bases in seconds.values() for base in bases)
     rows = {}
     for name, (mine, bases) in seconds.items():
@@ -190,6 +190,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", nargs="+", default=tuple(PLANS), choices=(*PLANS, *RECIPES))
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeat", type=int, default=2, help="timed steps in a row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nchw", action="store_true", help="instead of channels_last")

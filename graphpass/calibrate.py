@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from codegen import build
 from graphpass import calibration, workloads
 from graphpass.calibration import Measurement
-from graphpass.timing import fastest, fill_caches, keep_memory, nothing
+from graphpass.timing import fastest, keep_memory
 from graphpass.workloads import Make
 
 _ROUNDS = 3
@@ -71,7 +71,7 @@ def _measure(end: float, console: Console) -> tuple[dict[tuple[object, ...], Mea
             _compile(make)
             progress.advance(task)
         build.wait()
-        fused = workloads.fused()
+        fused = [load for dtype in workloads.DTYPES for load in workloads.fused(dtype)]
         jobs.append(lambda: fused)
         for number in range(_ROUNDS):
             for make in jobs:
@@ -79,11 +79,12 @@ def _measure(end: float, console: Console) -> tuple[dict[tuple[object, ...], Mea
                     break
                 progress.update(task, description=f"measuring, round {number + 1}", advance=1)
                 for load in make():
-                    found = fastest((load.run,), _CALLS_S, nothing if load.warm else fill_caches)
-                    one = Measurement.of(load.kernel, found.seconds[0] / load.count)
-                    _keep_faster(best, one)
-                    if not found.disturbed:
-                        calm.add(one.identity)
+                    found = fastest(load.runs, _CALLS_S, load.before, least=1)
+                    for kernel, seconds in zip(load.kernels, found.seconds, strict=True):
+                        one = Measurement.of(kernel, seconds / load.count)
+                        _keep_faster(best, one)
+                        if not found.disturbed:
+                            calm.add(one.identity)
     return best, len(best) - len(calm)
 
 

@@ -17,7 +17,7 @@ from cost_model import DATASHEETS, Cost, EfficiencyTable, Figure, Hardware, Kern
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 # What reading a file that holds something else, or a part of what was written, may raise.
 CORRUPT = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The kind that bandwidth and the time of a call are taken from.

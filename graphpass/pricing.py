@@ -9,6 +9,7 @@ So a product that the vendor's library computes faster stays with it.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -172,7 +173,14 @@ class HardwarePricing:
 
     def _rest_s(self, kind: str) -> float:
         moved = self.analysis.rest_bytes
-        fused = (kernels_of.mover(kind, Cost(0, count, 0), "float32") for count in moved)
+        # Under autocast, what lies between products has their type, and is computed in float32.
+        types = Counter(site.dtype for site in self.analysis.sites)
+        dtype = max(types, key=types.__getitem__, default="float32")
+        known = (kind, dtype) in self.hardware.efficiencies
+        fused = (
+            kernels_of.mover(kind, Cost(0, count, 0), dtype if known else "float32")
+            for count in moved
+        )
         return seconds(fused, self.hardware)
 
     def confirm(self, doubtful: Iterable[Sequence[Way]]) -> bool:

@@ -257,23 +257,25 @@ class Session:
             caller: `Caller.identity` of the part of the model that runs.
         """
         calls = self._calls
-        if caller not in self._callers:
-            self._introduce(caller)
         repeat = calls.get(caller, 0)
+        if not repeat and caller not in self._callers:
+            repeat = self._introduced(caller)
         if repeat and self._counts_forwards:
             self._step += 1
             calls.clear()
             repeat = 0
-        if not calls:
+        if not calls and any([kept.settled for kept in self._kept.values()]):
             settle(self._kept.values(), self._step)
         calls[caller] = repeat + 1
         return repeat
 
-    def _introduce(self, caller: str) -> None:
+    def _introduced(self, caller: str) -> int:
+        """Give a caller its number; return how many calls of this step it is resumed with."""
         number = self._callers[caller] = len(self._callers)
-        resumed = self._resumed_calls[number : number + 1]
-        if any(resumed):
-            self._calls[caller] = resumed[0]
+        repeat = sum(self._resumed_calls[number : number + 1])
+        if repeat:
+            self._calls[caller] = repeat
+        return repeat
 
     def layer_offset(self, owner: str, layers: int) -> int:
         """Return the number of layers in the graphs that ran before this one.

@@ -63,6 +63,7 @@ def fastest(
     runs: Sequence[Callable[[], object]],
     limit_s: float,
     before: Callable[[], object],
+    least: int = _LEAST_CALLS,
 ) -> Fastest:
     """Return the seconds of functions that are called one after the other, several times.
 
@@ -74,13 +75,14 @@ def fastest(
         runs: what is timed.
         limit_s: when to stop calling it.
         before: what is done each time before, untimed; see `fill_caches`.
+        least: calls that count, at least, unless all were disturbed.
     """
     end = time.perf_counter() + limit_s
     for run in runs:
         run()
     turns: list[tuple[bool, list[float]]] = []
     calm = 0
-    while calm < _LEAST_CALLS or (calm < _MOST_CALLS and time.perf_counter() < end):
+    while calm < least or (calm < _MOST_CALLS and time.perf_counter() < end):
         if len(turns) == _MOST_CALLS:
             break
         before()
@@ -101,6 +103,12 @@ def fill_caches() -> None:
     operands in the cache, and 105 ms in the step.
     """
     _other_data().add_(1)
+
+
+def fill_caches_but(fresh: Tensor) -> None:
+    """Leave in the caches what a product finds there in a step: what was computed last."""
+    fill_caches()
+    fresh.mul_(1)
 
 
 def nothing() -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from codegen import build
 from codegen.cache import cache_dir, write_atomically
@@ -30,7 +29,7 @@ from cost_model import KernelCost, counted_once
 from graphpass import calibration, fingerprint, trial
 from graphpass.method import Method
 from graphpass.site import Site
-from graphpass.timing import fastest, fill_caches
+from graphpass.timing import fastest, fill_caches_but
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class Timings:
         runs = list(ours.values()) if method else [trial.exact(known, given)]
         # No compiler is to run beside it.
         build.wait()
-        found = fastest(runs, _CALLS_S, partial(_before, trial.just_computed(known, given)))
+        found = fastest(runs, _CALLS_S, partial(fill_caches_but, trial.just_computed(known, given)))
         if found.disturbed:
             log.info("%s keeps its price: the machine is busy with other programs", site.id)
             return None
@@ -131,12 +130,6 @@ class Timings:
             return _divided(found.seconds[0], [price(kernel) for kernel in kernels])
         timed = dict(zip(ours, found.seconds, strict=True))
         return tuple(timed.get(i) or price(kernel) for i, kernel in enumerate(kernels))
-
-
-def _before(fresh: Tensor) -> None:
-    """Leave in the caches what a product finds there in a step."""
-    fill_caches()
-    fresh.mul_(1)
 
 
 def _divided(whole_s: float, parts: Sequence[float]) -> Seconds:

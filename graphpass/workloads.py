@@ -15,10 +15,12 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from codegen.kernel import kernels
 from cost_model import Cost, KernelCost, Shape
 from graphpass import kernels_of, traffic, trial
 from graphpass.method import methods
 from graphpass.site import ConvGeometry, Gradient, Site
+from graphpass.timing import fill_caches, fill_caches_but, nothing
 from graphpass.trial import Run
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -77,19 +79,19 @@ MOVED_BYTES = tuple(3 * 2**power for power in range(11, 28, 2))
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Something to be timed.
+    """Kernels to be timed, which are run one after the other.
 
     Attributes:
-        kernel: what it is to the cost model.
-        run: runs it once.
-        count: how many such kernels that runs.
-        warm: whether it finds its operands in the caches, if they fit.
+        kernels: what each is to the cost model.
+        runs: runs each once.
+        count: how many such kernels each of them runs.
+        before: what is done before: what is in the caches then.
     """
 
-    kernel: KernelCost
-    run: Run
+    kernels: tuple[KernelCost, ...]
+    runs: tuple[Run, ...]
     count: int = 1
-    warm: bool = False
+    before: Run = fill_caches
 
 
 Make = Callable[[], list[Workload]]
@@ -139,21 +141,24 @@ def moving(dtype: torch.dtype) -> list[Workload]:
             "convert": (Cost(0, moved, numbers * other.itemsize), partial(converted.copy_, x)),
         }
         for kind, (cost, run) in runs.items():
-            made.append(Workload(kernels_of.mover(kind, cost, name), run))
+            made.append(Workload((kernels_of.mover(kind, cost, name),), (run,)))
     return made
 
 
-def fused() -> list[Workload]:
+def fused(dtype: torch.dtype) -> list[Workload]:
     """Return batch normalisation with ReLU, forward and backward, as Inductor compiles it.
 
     It stands for all that a step computes and that is no product: several kernels that read large
     tensors point by point and reduce them. Each counts as one of their mean size. What is in the
     caches before makes a difference: see `HardwarePricing.rest`.
+
+    Args:
+        dtype: of what is normalised; it is computed in float32, as autocast has it.
     """
     made = []
     for shape in dict.fromkeys(chain.from_iterable(NORMALISED.values())):
         x, grad = (
-            torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2)
+            torch.randn(shape).to(dtype, memory_format=torch.channels_last) for _ in range(2)
         )
         with torch.no_grad():
             traced = make_fx(_normalised)(x, grad)
@@ -163,20 +168,22 @@ def fused() -> list[Workload]:
         large = [count for count in moved if count > x.nbytes]
         cost = Cost(0, sum(moved) // len(large), 0)
         for kind in (kind for kind, shapes in NORMALISED.items() if shape in shapes):
-            kernel = kernels_of.mover(kind, cost, "float32")
-            warm = kind == kernels_of.FUSED_WARM
-            made.append(Workload(kernel, partial(run, x, grad), len(large), warm))
+            kernel = kernels_of.mover(kind, cost, str(dtype).removeprefix("torch."))
+            before = nothing if kind == kernels_of.FUSED_WARM else fill_caches
+            made.append(Workload((kernel,), (partial(run, x, grad),), len(large), before))
     return made
 
 
 def _normalised(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     axes, count = (0, 2, 3), x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    wide = x.float()
+    variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
     scale = (variance + 1e-5).rsqrt()
-    normal = (x - mean) * scale
-    masked = torch.where(normal > 0, grad, 0.0)
+    normal = (wide - mean) * scale
+    masked = torch.where(normal > 0, grad.float(), 0.0)
     total, aligned = masked.sum(axes, keepdim=True), (masked * normal).sum(axes, keepdim=True)
-    return normal.relu(), scale * (masked - (total + normal * aligned) / count)
+    back = scale * (masked - (total + normal * aligned) / count)
+    return normal.relu().to(x.dtype), back.to(x.dtype)
 
 
 def _convolution(
@@ -234,27 +241,35 @@ def _vendor(sites: list[Site]) -> list[Workload]:
     # The products of a convolution have one set of operands.
     shared = trial.operands(sites[0])
     return [
-        Workload(kernel, trial.exact(site, shared if site.conv else trial.operands(site)))
+        Workload(
+            kernels_of.exact(site),
+            (trial.exact(site, shared if site.conv else trial.operands(site)),),
+        )
         for site in sites
-        for kernel in kernels_of.exact(site)
     ]
 
 
 def _ours(sites: list[Site]) -> list[Workload]:
-    """Return our kernels at the arguments that the methods call them with."""
-    made: dict[str, Workload] = {}
+    """Return our kernels at the arguments that the methods call them with, product by product."""
+    made: list[Workload] = []
+    known: set[str] = set()
     shared = trial.operands(sites[0])
     for site in sites:
         given = shared if site.conv else trial.operands(site)
+        before = partial(fill_caches_but, trial.just_computed(site, given))
         for method in methods().values():
             params = method.params()
             if site.gradient not in method.gradients or method.reject(site, params) is not None:
                 continue
-            recorded = trial.kernel_calls(site, method, params, given)
-            for kernel in method.cost(site, params):
-                # Costs stand in the order of the calls; what two products share is timed once.
-                calls = recorded.get(kernel.kind)
-                if calls:
-                    load = Workload(kernel, calls.pop(0))
-                    made.setdefault(f"{kernel.kind} {kernel.cost}", load)
-    return list(made.values())
+            costs = method.cost(site, params)
+            if not any(cost.kind in kernels() for cost in costs):
+                continue
+            # Costs stand in the order of the calls.
+            calls = trial.kernel_calls(site, method, params, given)
+            chain = [(cost, calls[cost.kind].pop(0)) for cost in costs if calls.get(cost.kind)]
+            # What several products and methods have in common is timed once.
+            new = {f"{cost.kind} {cost.cost}" for cost, _ in chain} - known
+            if new:
+                made.append(Workload(*zip(*chain, strict=True), before=before))
+                known |= new
+    return made

@@ -510,6 +510,19 @@ def test_calibrating_measures_writes_and_shows(
     assert all(faster[one.identity] <= one.seconds for one in first)
 
 
+def test_kernels_are_calibrated_in_the_order_that_a_method_runs_them_in() -> None:
+    """Each finds what the one before it wrote; what products have in common is timed once."""
+    site = _linear(Gradient.INPUT)
+    loads = workloads._ours([site, _linear(Gradient.WEIGHT)])
+    chains = [[kernel.kind for kernel in load.kernels] for load in loads]
+    rounding = ["absolute_max", "int8_round"]
+    assert [*rounding, *rounding, "int8_dgrad"] in chains
+    assert [*rounding, *rounding, "int8_wgrad"] in chains
+    identities = [{f"{k.kind} {k.cost}" for k in load.kernels} for load in loads]
+    for number, new in enumerate(identities):
+        assert new - set[str]().union(*identities[:number])
+
+
 @pytest.mark.parametrize("argument", ["0", "-1", "x"])
 def test_a_senseless_number_of_threads_is_refused(
     argument: str, capsys: pytest.CaptureFixture[str]

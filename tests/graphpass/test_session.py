@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphpass
 from graphpass import ConfigError, Schedule, Session, report, variants
+from graphpass.dispatcher import Dispatcher
 
 # What is tested here are graphs, not the loops that Inductor writes for them.
 pytestmark = pytest.mark.usefixtures("aten_only")
@@ -340,6 +341,28 @@ def test_steps_are_counted_where_the_plan_is_empty() -> None:
     for done in range(1, 3):
         call(batch(0)).square().sum().backward()
         assert graphpass.session(model).step == done
+
+
+def test_where_nothing_is_approximated_nothing_is_dispatched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A training call goes straight to Inductor's code, and is counted; others are not counted."""
+    model, session, step = trainer({"budget": 0})
+    step(0)
+
+    def dispatched(*args: Any) -> Any:
+        raise AssertionError(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatcher, "__call__", dispatched)
+        assert torch.equal(step(1), step(1))
+    assert session.step == 3
+    model.eval()
+    step(1)
+    model.train()
+    assert session.step == 3
+    step(1)
+    assert session.step == 4
 
 
 STATE = {"version": 1, "step": 3, "counts_forwards": True, "calls": []}
