@@ -270,6 +270,7 @@ def _ours(sites: list[Site]) -> list[Workload]:
             # What several products and methods have in common is timed once.
             new = {f"{cost.kind} {cost.cost}" for cost, _ in chain} - known
             if new:
-                made.append(Workload(*zip(*chain, strict=True), before=before))
+                timed, runs = zip(*chain, strict=True)
+                made.append(Workload(timed, runs, before=before))
                 known |= new
     return made
