@@ -1,5 +1,6 @@
 """Prices: of methods by kernels, from calibrations good, bad and missing, and measured ones."""
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -503,9 +504,16 @@ def test_calibrating_measures_writes_and_shows(
     assert {"int8_round", "absolute_max", "int8_wgrad", "int8_dgrad", "int8_forward"} <= kinds
     assert Machine.this(1).processor in hardware.name
     first = calibration.measurements(1)
-    calibrate.calibrate(1, 0.0, True, Console(quiet=True))
+
+    def busy(*given: Any) -> Fastest:
+        return replace(timing.fastest(*given), disturbed=True)
+
+    monkeypatch.setattr(calibrate, "fastest", busy)
+    said = io.StringIO()
+    calibrate.calibrate(1, 0.0, True, Console(file=said, width=200))
     again = calibration.measurements(1)
     assert not isinstance(first, str) and not isinstance(again, str)
+    assert f"other programs were running while {len(first)} of {len(first)} k" in said.getvalue()
     faster = {one.identity: one.seconds for one in again}
     assert all(faster[one.identity] <= one.seconds for one in first)
 
