@@ -64,6 +64,9 @@ PLANS: dict[str, Specs | dict[str, Any]] = {
 # ask for them.
 RECIPES = {
     "crs-topk 0.5": graphpass.recipe("crs-topk", keep=0.5),
+    # Of a perceptron, the first layer is most of it.
+    "crs-topk 0.5, first layer too": graphpass.recipe("crs-topk", keep=0.5)
+    | {"schedule": "always"},
     "swat-channels 0.5": graphpass.recipe("swat-channels", sparsity=0.5),
 }
 
