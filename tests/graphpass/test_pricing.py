@@ -505,8 +505,8 @@ def test_calibrating_measures_writes_and_shows(
     assert Machine.this(1).processor in hardware.name
     first = calibration.measurements(1)
 
-    def busy(*given: Any) -> Fastest:
-        return replace(timing.fastest(*given), disturbed=True)
+    def busy(*given: Any, **named: Any) -> Fastest:
+        return replace(timing.fastest(*given, **named), disturbed=True)
 
     monkeypatch.setattr(calibrate, "fastest", busy)
     said = io.StringIO()
