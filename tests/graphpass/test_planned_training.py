@@ -38,7 +38,7 @@ def gradients(**options: Any) -> tuple[dict[str, Tensor], graphpass.Plan]:
 @pytest.fixture(name="paying")
 def _paying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this machine one on which every method pays."""
-    monkeypatch.setattr("graphpass.pricing.of", lambda analysis, threads: Prices())
+    monkeypatch.setattr("graphpass.pricing.of", lambda *_: Prices())
 
 
 @pytest.mark.usefixtures("paying")
@@ -65,7 +65,7 @@ def test_a_budget_is_spent_and_zero_is_exact() -> None:
 def test_forward_products_are_planned_where_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("graphpass.pricing.of", lambda analysis, threads: Prices({"bf16": 0.5}))
+    monkeypatch.setattr("graphpass.pricing.of", lambda *_: Prices({"bf16": 0.5}))
     given = {"budget": 1.0, "methods": ["bf16"], "gradients": ["forward"]}
     exact, plan = gradients(**given)
     assert not plan.approximated
@@ -86,7 +86,7 @@ def test_probes_look_at_no_forward_product(monkeypatch: pytest.MonkeyPatch) -> N
         return names_of(analysis, candidates, *others)
 
     monkeypatch.setattr(steering, "names_of", noting)
-    monkeypatch.setattr("graphpass.pricing.of", lambda analysis, threads: Prices({"bf16": 0.5}))
+    monkeypatch.setattr("graphpass.pricing.of", lambda *_: Prices({"bf16": 0.5}))
     products = ["weight", "forward"]
     _, plan = gradients(budget=1.0, methods=["bf16"], gradients=products, max_bias=0.01)
     assert {d.site.partition(":")[2] for d in plan.approximated} == {*products}

@@ -55,8 +55,8 @@ class Cheap:
         return False
 
 
-def cheap(analysis: Analysis, threads: int) -> Cheap:
-    del analysis, threads
+def cheap(analysis: Analysis, threads: int, replays: bool) -> Cheap:
+    del analysis, threads, replays
     return Cheap()
 
 
@@ -158,7 +158,7 @@ class Idle(Cheap):
 def test_nothing_is_measured_where_no_noise_at_all_would_not_pay(
     budget: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pricing, "of", lambda analysis, threads: Idle())
+    monkeypatch.setattr(pricing, "of", lambda *_: Idle())
     training = Training(budget=budget)
     training.run(range(FIRST + EVERY))
     assert training.session.noise is None and training.session.step == FIRST + EVERY
