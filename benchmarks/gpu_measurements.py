@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import gpu_sections, gpu_steps, layer
-from benchmarks.gpu_warm import _ByOperators
+from benchmarks.gpu_warm import ByOperators
 from benchmarks.timing import RESULTS
 from codegen.gpu import build
 from codegen.kernel import kernels, triton_programs
@@ -94,7 +94,7 @@ def ours(runs: Sequence[Record]) -> Iterator[Measurement]:
                 seconds[entry["predicted"]] = min(entry["seconds"].values())
     for batch, shape, name in _layers(runs):
         for dtype in layer.DTYPES.values():
-            with FakeTensorMode(), _ByOperators():
+            with FakeTensorMode(), ByOperators():
                 given = {
                     operand: torch.empty(
                         size, dtype=dtype, device="cuda", memory_format=torch.channels_last

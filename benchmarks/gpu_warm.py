@@ -100,7 +100,7 @@ def announce(
     """
     for shape in shapes:
         for dtype in (layer.DTYPES[name] for name in dtypes):
-            with FakeTensorMode(), _ByOperators():
+            with FakeTensorMode(), ByOperators():
                 operands = _fake(shape, dtype)
                 for gradient in layer.GRADIENTS:
                     for name in layer.METHODS:
@@ -111,7 +111,7 @@ def announce(
                             yield {"trace": [name, gradient.value, *shape], "failed": failed}
 
 
-class _ByOperators(TorchFunctionMode):
+class ByOperators(TorchFunctionMode):
     """Slices and copies by operators: as methods they ask for a GPU that such a torch has not."""
 
     def __torch_function__(

@@ -41,7 +41,8 @@ _CALIBRATED_ERROR, _GUESS_ERROR, _GPU_ERROR = 0.25, 0.5, 1.0
 _DISPATCH_S = 5e-6
 # What the host takes on a GPU to get from one kernel of a step to the next, and for a kernel of
 # ours, which launches two or three: that of an H200 took 31 ms for a bf16 step of ResNet-50, whose
-# kernels took 14, and 56 to 90 us for calls of ours, 25 for the vendor's (gpu_steps.json).
+# 24 longest kernels took 13, and 56 to 90 us for calls of ours, 25 for the vendor's
+# (gpu_steps.json).
 _HOST_S, _GPU_CALL_S = 60e-6, 60e-6
 # A step whose kernels take so many times what its host takes does not wait for the host.
 _AHEAD = 2.0
